@@ -1,0 +1,1 @@
+"""Decides how to split a transformer over workers and predicts what that costs."""
