@@ -1,0 +1,1 @@
+"""Runs a plan for real over MPI and records what it cost."""

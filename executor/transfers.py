@@ -1,0 +1,353 @@
+"""Task kinds that communicate: redistributions, ring shifts, pipeline messages, gradient and parameter collectives.
+
+Tensors are sequence-first, so sharding over the sequence splits the leading dimension and MPI takes and fills the
+buffers in place; any other dimension is moved to the front first. Before a blocking collective the ranks wait for each
+other (`Group.arrive`), so that waiting for a slower rank and moving bytes are recorded apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from executor.comm import Communicator, Group, Request
+from executor.memory import Arena, Block
+from executor.ops import Context, MicroBatch
+from executor.state import UnitState
+from planner.program.tasks import Task
+from planner.program.update import TIED
+from planner.shard import offsets, shared_kv_heads
+
+Array = NDArray[Any]
+
+
+@dataclass
+class Pending:
+    """A message or reduction under way, and the block to give back when it has finished."""
+
+    request: Request
+    block: Block | None = None
+
+
+@dataclass
+class Transfers:
+    """Communication of one rank.
+
+    Attributes:
+        wait_seconds: how long the last blocking collective waited for its latest member.
+        received: requests of posted receives by (stage, micro-batch, tensor).
+        pending: sends that have not completed.
+        reductions: gradient reductions started early, by block.
+    """
+
+    comm: Communicator
+    context: Context
+    arena: Arena
+    units: dict[str, UnitState]  # by block
+    measure_wait: bool = True
+    wait_seconds: float = 0.0
+    received: dict[tuple[int, int, str], Request] = field(default_factory=dict)
+    pending: list[Pending] = field(default_factory=list)
+    reductions: dict[str, Request] = field(default_factory=dict)
+    loss: float = 0.0
+    gradient_norm: float = 0.0
+    _groups: dict[str, Group] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Make all groups now, in the same order on every rank."""
+        plan, at = self.context.plan, self.context.placement.at
+        wanted = [(axis, plan.mesh.group(axis, at)) for axis in ("tp", "cp", "dp", "data", "pp", "world")]
+        ends = tied_ranks(self.context)
+        if ends:
+            wanted.append(("tie", ends))
+        made = self.comm.create_groups(wanted)
+        self._groups = {axis: made[axis, tuple(ranks)] for axis, ranks in wanted}
+
+    def group(self, task: Task) -> Group:
+        """The group of a task's axis."""
+        assert task.axis is not None
+        return self._groups[task.axis]
+
+    def algorithm(self, group: Group, operation: str) -> str:
+        """The algorithm that the plan fixed for an operation on an axis ("native" unless it names another)."""
+        chosen = self.context.plan.collectives
+        return chosen.get(f"{group.axis}.{operation}", chosen.get(operation, "native"))
+
+    def arrive(self, group: Group) -> None:
+        """Wait for the group's latest member, timed apart from the bytes that follow."""
+        self.wait_seconds = group.arrive() if self.measure_wait else 0.0
+
+    def progress(self) -> None:
+        """Let MPI move what is under way, and give back the buffers of finished sends."""
+        if self.pending:
+            self.pending = [one for one in self.pending if not self._done(one)]
+        for request in self.reductions.values():
+            request.test()
+
+    def _done(self, one: Pending) -> bool:
+        if not one.request.test():
+            return False
+        if one.block is not None:
+            self.arena.release(one.block)
+        return True
+
+    def finish(self) -> None:
+        """Wait for all sends of the step."""
+        for one in self.pending:
+            one.request.wait()
+        self.progress()
+
+    # ---- redistributions of tensors ----------------------------------------------------------------------------------
+
+    def all_reduce(self, m: MicroBatch, task: Task) -> None:
+        """Partial to Replicate, in place."""
+        group, buffer = self.group(task), m.arrays[task.reads[0]]
+        self.arrive(group)
+        algorithm = self.algorithm(group, "all_reduce")
+        group.all_reduce(buffer, task.attributes["op"], algorithm=algorithm, key=task.key)
+
+    def all_gather(self, m: MicroBatch, task: Task) -> None:
+        """Shard to Replicate."""
+        group, (source, target) = self.group(task), (m.arrays[task.reads[0]], m.arrays[task.writes[0]])
+        dim, extents = task.attributes["source"]
+        algorithm = self.algorithm(group, "all_gather")
+        if dim == 0:
+            counts = _counts(extents, source)
+            start = offsets(extents)[group.rank]
+            target[start : start + extents[group.rank]] = source
+            self.arrive(group)
+            group.all_gather(None, target, counts, algorithm=algorithm, key=task.key)
+            return
+        front = np.ascontiguousarray(np.moveaxis(source, dim, 0))
+        whole = np.empty((sum(extents), *front.shape[1:]), front.dtype)
+        self.arrive(group)
+        group.all_gather(front, whole, _counts(extents, front), algorithm=algorithm, key=task.key)
+        target[...] = np.moveaxis(whole, 0, dim)
+
+    def reduce_scatter(self, m: MicroBatch, task: Task) -> None:
+        """Partial to Shard."""
+        group, (source, target) = self.group(task), (m.arrays[task.reads[0]], m.arrays[task.writes[0]])
+        dim, extents = task.attributes["target"]
+        algorithm = self.algorithm(group, "reduce_scatter")
+        front = np.ascontiguousarray(np.moveaxis(source, dim, 0))
+        part = target if dim == 0 else np.empty((extents[group.rank], *front.shape[1:]), front.dtype)
+        self.arrive(group)
+        group.reduce_scatter(front, part, _counts(extents, front), algorithm=algorithm, key=task.key)
+        if dim:
+            target[...] = np.moveaxis(part, 0, dim)
+
+    def all_to_all(self, m: MicroBatch, task: Task) -> None:
+        """Shard of one dimension to Shard of another (heads for sequence: Jacobs et al. 2023, arXiv:2309.14509)."""
+        group, (source, target) = self.group(task), (m.arrays[task.reads[0]], m.arrays[task.writes[0]])
+        gathered, held = task.attributes["source"]  # the dimension that becomes whole, and every peer's part of it
+        split, wanted = task.attributes["target"]  # the dimension that is cut, and what every peer gets of it
+        pieces = np.split(source, offsets(wanted)[1:-1], axis=split)
+        send = np.concatenate([piece.reshape(-1) for piece in pieces])
+        shapes = []
+        for extent in held:
+            shape = list(target.shape)
+            shape[gathered] = extent
+            shapes.append(tuple(shape))
+        counts = [math.prod(shape) for shape in shapes]
+        received = np.empty(sum(counts), source.dtype)
+        self.arrive(group)
+        group.all_to_all(
+            send, received, [piece.size for piece in pieces], counts,
+            algorithm=self.algorithm(group, "all_to_all"), key=task.key,
+        )  # fmt: skip
+        parts = np.split(received, offsets(counts)[1:-1])
+        np.concatenate(
+            [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)], axis=gathered, out=target
+        )
+
+    def slice(self, m: MicroBatch, task: Task) -> None:
+        """Replicate to Shard: a view, nothing moves."""
+        group, (dim, extents) = self.group(task), task.attributes["target"]
+        start = offsets(extents)[group.rank]
+        index = [slice(None)] * dim + [slice(start, start + extents[group.rank])]
+        m.arrays[task.writes[0]] = m.arrays[task.reads[0]][tuple(index)]
+
+    def ring_shift(self, m: MicroBatch, task: Task) -> None:
+        """Pass blocks to the next rank of the context-parallel ring and take those of the one before."""
+        group = self.group(task)
+        self.wait_seconds = 0.0
+        requests = []
+        for tag, (sent, received) in enumerate(zip(task.reads, task.writes, strict=True)):
+            block = np.ascontiguousarray(m.arrays[sent])
+            requests.append(group.iring_shift(block, m.arrays[received], 1, tag, key=task.key))
+        for request in requests:
+            request.wait()
+
+    # ---- pipeline ----------------------------------------------------------------------------------------------------
+
+    def _tag(self, task: Task) -> int:
+        way = task.key.endswith("backward")
+        stages = self.context.plan.num_stages
+        return int((task.attributes["micro_batch"] * stages + task.attributes["to"]) * 2 + way)
+
+    def _peer(self, task: Task) -> int:
+        return self._groups["pp"].ranks.index(task.attributes["peer"])
+
+    def send(self, m: MicroBatch, task: Task, root: str) -> None:
+        """Post a send and never wait; the block is given back when it has completed."""
+        block = m.blocks[root]
+        block.holders += 1
+        request = self._groups["pp"].isend(m.arrays[task.reads[0]], self._peer(task), self._tag(task), key=task.key)
+        self.pending.append(Pending(request, block))
+
+    def post_receive(self, m: MicroBatch, task: Task, slot: tuple[int, int, str]) -> None:
+        """Post a receive ahead of its use."""
+        buffer = m.arrays[task.writes[0]]
+        self.received[slot] = self._groups["pp"].irecv(buffer, self._peer(task), self._tag(task), key=task.key)
+
+    def receive(self, slot: tuple[int, int, str]) -> None:
+        """Wait for a posted receive, letting other messages move meanwhile."""
+        request = self.received.pop(slot)
+        while not request.test():
+            self.progress()
+
+    # ---- gradients and parameters ------------------------------------------------------------------------------------
+
+    def gradient_sum(self, task: Task) -> None:
+        """Gradients that the tensor axis holds in parts (norms under sequence parallelism)."""
+        unit, group = self.units[task.name], self.group(task)
+        assert unit.gradient is not None
+        region = unit.gradient[unit.unit.partial_offset :]
+        self.arrive(group)
+        group.all_reduce(region, algorithm=self.algorithm(group, "all_reduce"), key=task.key)
+
+    def kv_gradient_sum(self, task: Task) -> None:
+        """Sum the gradients of key-value heads that several ranks hold, through one buffer of all such heads."""
+        unit, group, model = self.units[task.name], self.group(task), self.context.plan.model
+        width = model.kv_heads * model.head_dim
+        mine = _kv_columns(self.context)
+        for suffix in ("qkv.weight", "split_heads.bias"):
+            found = [name for name in unit.slots if name.endswith(suffix)]
+            if not found:
+                continue
+            local = unit.view(unit.gradient, unit.slots[found[0]])
+            local = local.reshape(-1, local.shape[-1])
+            half = mine.stop - mine.start
+            keys = local[:, -2 * half : -half]
+            values = local[:, -half:]
+            everyone = np.zeros((local.shape[0], 2, width), local.dtype)
+            everyone[:, 0, mine], everyone[:, 1, mine] = keys, values
+            self.arrive(group)
+            group.all_reduce(everyone, algorithm=self.algorithm(group, "all_reduce"), key=task.key)
+            keys[...], values[...] = everyone[:, 0, mine], everyone[:, 1, mine]
+
+    def tied_gradient_sum(self, task: Task) -> None:
+        """Sum the two copies' gradients of a weight that the first and last stage share."""
+        group = self.group(task)
+        unit = next(unit for unit in self.units.values() if TIED in unit.slots)
+        self.arrive(group)
+        gradient = unit.view(unit.gradient, unit.slots[TIED])
+        group.all_reduce(gradient, algorithm=self.algorithm(group, "all_reduce"), key=task.key)
+
+    def gradient_all_reduce(self, task: Task) -> None:
+        """Data parallel: sum a unit's gradients over replicas."""
+        unit, group = self.units[task.name], self.group(task)
+        assert unit.gradient is not None
+        self.arrive(group)
+        group.all_reduce(unit.gradient, algorithm=self.algorithm(group, "all_reduce"), key=task.key)
+        unit.finish_gradient()
+
+    def gradient_start(self, task: Task) -> None:
+        """The same, started while the backward pass goes on."""
+        unit, group = self.units[task.name], self.group(task)
+        assert unit.gradient is not None
+        if self.context.plan.zero_stage:
+            assert unit.gradient_shard is not None
+            self.reductions[task.name] = group.ireduce_scatter(
+                unit.gradient, unit.gradient_shard, unit.unit.shard_sizes,
+                algorithm=self.algorithm(group, "reduce_scatter"), key=task.key,
+            )  # fmt: skip
+        else:
+            self.reductions[task.name] = group.iall_reduce(
+                unit.gradient, algorithm=self.algorithm(group, "all_reduce"), key=task.key
+            )
+
+    def gradient_wait(self, task: Task) -> None:
+        """Wait for a reduction started early."""
+        self.wait_seconds = 0.0
+        self.reductions.pop(task.name).wait()
+        self.units[task.name].finish_gradient()
+
+    def gradient_reduce_scatter(self, task: Task) -> None:
+        """ZeRO (Rajbhandari et al. 2020): each rank keeps the sum of its own shard, over micro-batches too."""
+        unit, group = self.units[task.name], self.group(task)
+        assert unit.gradient is not None
+        assert unit.gradient_shard is not None
+        repeated = task.phase != "U"
+        held = repeated and unit.holds_shard
+        block, part = self.arena.array((unit.owned,), unit.dtype, "buffers") if held else (None, unit.gradient_shard)
+        self.arrive(group)
+        algorithm = self.algorithm(group, "reduce_scatter")
+        group.reduce_scatter(unit.gradient, part, unit.unit.shard_sizes, algorithm=algorithm, key=task.key)
+        if block is not None:
+            unit.gradient_shard += part
+            self.arena.release(block)
+        unit.holds_shard = repeated
+        unit.finish_gradient()
+
+    def parameter_gather(self, task: Task) -> None:
+        """ZeRO 3: gather a unit's parameters before use."""
+        unit, group = self.units[task.name], self.group(task)
+        self._gather(unit, group, unit.gather_room(), task)
+
+    def parameter_all_gather(self, task: Task) -> None:
+        """ZeRO 1 and 2: gather the updated shards."""
+        unit, group = self.units[task.name], self.group(task)
+        assert unit.whole is not None
+        self._gather(unit, group, unit.whole, task)
+
+    def _gather(self, unit: UnitState, group: Group, whole: Array, task: Task) -> None:
+        self.arrive(group)
+        algorithm = self.algorithm(group, "all_gather")
+        group.all_gather(None, whole, unit.unit.shard_sizes, algorithm=algorithm, key=task.key)
+
+    # ---- scalars -----------------------------------------------------------------------------------------------------
+
+    def loss_sum(self, task: Task) -> None:
+        """The loss of the whole global batch, on every rank."""
+        total = np.array([self.context.loss])
+        group = self.group(task)
+        self.arrive(group)
+        group.all_reduce(total, key=task.key)
+        self.loss = float(total[0])
+
+    def squared_norm(self, task: Task, local: float) -> None:
+        """The global gradient norm from every rank's own share of the squares."""
+        total = np.array([local])
+        group = self.group(task)
+        self.arrive(group)
+        group.all_reduce(total, key=task.key)
+        self.gradient_norm = math.sqrt(float(total[0]))
+
+
+def _counts(extents: tuple[int, ...], array: Array) -> list[int]:
+    """Elements of each peer's part along the leading dimension."""
+    return [extent * math.prod(array.shape[1:]) for extent in extents]
+
+
+def tied_ranks(context: Context) -> tuple[int, ...]:
+    """This rank and its partner at the other end of the pipeline, if they share the embedding's weight."""
+    plan, at = context.plan, context.placement.at
+    if not plan.model.tie_embeddings:
+        return ()
+    ends = context.ends
+    if ends[0] == ends[1] or at.pp not in ends:
+        return ()
+    return tuple(plan.mesh.rank(at._replace(pp=end)) for end in ends)
+
+
+def _kv_columns(context: Context) -> slice:
+    """Columns of the key (or value) heads that this rank holds, among those of all heads."""
+    model, placement = context.plan.model, context.placement
+    starts = offsets(context.plan.parts.heads)
+    first, last = shared_kv_heads(model.heads, model.kv_heads, starts[placement.at.tp], starts[placement.at.tp + 1])
+    return slice(first * model.head_dim, last * model.head_dim)
