@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -224,10 +226,11 @@ def _check_layouts(plan: Plan) -> None:
         raise PlanError(f"layouts lack the operators {', '.join(missing)}; write the plan again with the planner")
 
 
-def distinct_operators(model: ModelSpec) -> list[Operator]:
+@lru_cache(maxsize=16)
+def distinct_operators(model: ModelSpec) -> tuple[Operator, ...]:
     """One operator of each role; two layers show all of them (the first may lack a norm)."""
     short = msgspec.structs.replace(model, layers=min(model.layers, 2))
-    return list({operator.role: operator for operator in operators(build_graph(short))}.values())
+    return tuple({operator.role: operator for operator in operators(build_graph(short))}.values())
 
 
 TENSOR_SIGNATURES = {
@@ -248,7 +251,7 @@ TENSOR_SIGNATURES = {
 
 
 def standard_layouts(
-    model_operators: list[Operator], *, sequence_parallel: bool, cp_kind: ContextKind
+    model_operators: Iterable[Operator], *, sequence_parallel: bool, cp_kind: ContextKind
 ) -> dict[str, dict[str, str]]:
     """The field's usual signature of each operator on each axis; `planner.search` may find others."""
     layouts: dict[str, dict[str, str]] = {}

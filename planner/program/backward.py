@@ -200,15 +200,13 @@ class StageBackward:
 
     def _split_heads(self, operator: Operator, grads: tuple[str | None, ...]) -> None:
         """The packed gradient may already hold views that attention's backward wrote; the rest is copied in."""
-        qkv = self.forward.edges[operator.name, 0].buffer
         packed = f"{operator.inputs[0]}.grad"
         if packed not in self.forward.buffers:
             packed, _ = self.target(operator, 0, accumulate=False)  # type: ignore[assignment]
         else:
             self.pass_on(operator, 0, packed)
         saved = tuple(t.name for t in operator.saved)
-        views = saved and (qkv,)  # normalised heads are needed again only by their norms
-        self.emit(operator, "split_heads.backward", (*grads, *views, *saved), (packed,))
+        self.emit(operator, "split_heads.backward", (*grads, *saved), (packed,))
 
     def _packed_view(self, operator: Operator, i: int) -> str | None:
         """Name of the packed gradient if the gradient of input `i` can be written straight into its columns."""

@@ -181,15 +181,27 @@ class _Lowering:
 
     def __init__(self, program: Program) -> None:
         self.program, self.plan, self.at = program, program.plan, program.at
+        self.position = program.at.dp * program.plan.mesh.cp + program.at.cp
         self.instructions = [
             part for step in program.schedule.programs[program.at.pp] for part in step.flat() if part.op in "FBIW"
         ]
         self.split = {i.stage for i in self.instructions if i.op in ("I", "W")}
+        # DualPipe writes some backward passes of a stage whole and splits others: a whole one is I, then W at once.
+        self.instructions = [
+            part
+            for whole in self.instructions
+            for part in (
+                (whole._replace(op="I"), whole._replace(op="W"))
+                if whole.op == "B" and whole.stage in self.split
+                else (whole,)
+            )
+        ]
         self.last: dict[int, int] = {}
         for position, instruction in enumerate(self.instructions):
             if instruction.op in ("B", "W"):
                 self.last[instruction.stage] = position
         self.unit_of = {unit.block: unit for unit in program.units}
+        self.expanded: dict[tuple[int, str, int, bool], tuple[Task, ...]] = {}
 
     def segments(self, stage: int, micro_batch: int) -> StageSegments:
         """The stage's tasks for this micro-batch's size, laid out once per size."""
@@ -208,19 +220,25 @@ class _Lowering:
             self._receive(instruction)
             self._compute(position, instruction)
             self._send(instruction)
-        self._append(-1, "U", -1, update_tasks(self.program))
+        self._append(-1, "U", -1, tuple(update_tasks(self.program)))
 
-    def _append(self, stage: int, op: str, micro_batch: int, tasks: list[Task]) -> None:
+    def _append(self, stage: int, op: str, micro_batch: int, tasks: tuple[Task, ...]) -> None:
         if tasks:
-            self.program.steps.append(Step(stage, op, micro_batch, tuple(tasks)))
+            self.program.steps.append(Step(stage, op, micro_batch, tasks))
 
     def _compute(self, position: int, instruction: Instruction) -> None:
         segments = self.segments(instruction.stage, instruction.micro_batch)
         is_last = self.last.get(instruction.stage) == position
-        tasks: list[Task] = []
-        for block, members in segments.tasks[instruction.op].items():
-            tasks += self._around(block, members, instruction.op, is_last)
-        self._append(instruction.stage, instruction.op, instruction.micro_batch, tasks)
+        size = self.program.micro_batches[instruction.micro_batch]
+        key = (instruction.stage, instruction.op, size, is_last)
+        if key not in self.expanded:
+            blocks_of_op = segments.tasks[instruction.op].items()
+            self.expanded[key] = tuple(
+                task
+                for block, members in blocks_of_op
+                for task in self._around(block, members, instruction.op, is_last)
+            )
+        self._append(instruction.stage, instruction.op, instruction.micro_batch, self.expanded[key])
 
     def _around(self, block: str, members: tuple[Task, ...], op: str, is_last: bool) -> list[Task]:
         """A block's tasks with what ZeRO gathers before, drops and reduces after, and overlapped reductions."""
@@ -230,15 +248,15 @@ class _Lowering:
             return tasks
         if plan.zero_stage == 3 and members:
             used = [u for u in (unit, self._owner_of_tied(block)) if u is not None and u.size]
-            before = [unit_task(plan, u, "parameter_gather", op) for u in used]
-            tasks = [*before, *tasks, *(unit_task(plan, u, "parameter_drop", op) for u in used)]
+            before = [unit_task(plan, u, self.position, "parameter_gather", op) for u in used]
+            tasks = [*before, *tasks, *(unit_task(plan, u, self.position, "parameter_drop", op) for u in used)]
         if not unit.size:
             return tasks
         if op in ("B", "W"):
             if plan.zero_stage >= 2 and not tied(plan, unit):
-                tasks += [*sum_over_tp(plan, unit), unit_task(plan, unit, "gradient_reduce_scatter", op)]
+                tasks += [*sum_over_tp(plan, unit), unit_task(plan, unit, self.position, "gradient_reduce_scatter", op)]
             elif is_last and plan.overlap_gradients and not tied(plan, unit):
-                tasks += [*sum_over_tp(plan, unit), unit_task(plan, unit, "gradient_start", op)]
+                tasks += [*sum_over_tp(plan, unit), unit_task(plan, unit, self.position, "gradient_start", op)]
         return tasks
 
     def _owner_of_tied(self, block: str) -> Unit | None:
@@ -289,7 +307,7 @@ class _Lowering:
             return
         way = "forward" if instruction.op == "F" else "backward"
         task = self._transfer(kind, instruction, *found, way)
-        self._append(instruction.stage, f"RECV_{instruction.op}", instruction.micro_batch, [task])
+        self._append(instruction.stage, f"RECV_{instruction.op}", instruction.micro_batch, (task,))
 
     def _send(self, instruction: Instruction) -> None:
         found = self._edge(instruction, "out")
@@ -298,4 +316,4 @@ class _Lowering:
         local = self.program.schedule.stage_to_rank[found[1]] == self.at.pp
         way = "forward" if instruction.op == "F" else "backward"
         task = self._transfer("handoff" if local else "send", instruction, *found, way)
-        self._append(instruction.stage, f"SEND_{instruction.op}", instruction.micro_batch, [task])
+        self._append(instruction.stage, f"SEND_{instruction.op}", instruction.micro_batch, (task,))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from planner.graph import Operator, Tensor, split_unit
 from planner.layout import AXES, Layout, Partial, Replicate, Shard, Signature, redistribution, signatures
-from planner.model import attention_pairs
+from planner.model import ModelSpec, attention_pairs
 from planner.placement import Count, Sizes
-from planner.plan import Plan
+from planner.plan import Training
 from planner.program.tasks import Buffer, Task, Work
 
 Layouts = dict[str, Layout]
@@ -33,6 +33,30 @@ def generic(name: str) -> str:
     return f"layer.{rest.partition('.')[2]}" if head == "layers" else name
 
 
+class Choices(Protocol):
+    """What of a plan decides which tasks a stage has; sizes come from elsewhere."""
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model."""
+
+    @property
+    def layouts(self) -> dict[str, dict[str, str]]:
+        """Signature of each operator on each axis."""
+
+    @property
+    def attention(self) -> str:
+        """Implementation of the attention core."""
+
+    @property
+    def recompute(self) -> str:
+        """What the backward pass computes again."""
+
+    @property
+    def training(self) -> Training:
+        """For the dropout rate."""
+
+
 @dataclass(frozen=True, slots=True)
 class Edge:
     """A consumer's view of a tensor: the buffer it reads, and the layouts in which it leaves the gradient."""
@@ -49,11 +73,12 @@ class StageForward:
         PlanError: the chosen signatures need a redistribution that does not exist.
     """
 
-    def __init__(self, plan: Plan, stage: int, sizes: Sizes, axis_sizes: dict[str, int], item_bytes: int) -> None:
+    def __init__(self, plan: Choices, stage: int, sizes: Sizes, axis_sizes: dict[str, int], item_bytes: int) -> None:
         self.plan, self.stage, self.sizes = plan, stage, sizes
         self.axes = tuple(axis for axis in AXES if axis_sizes[axis] > 1)
         self.axis_sizes, self.item_bytes = axis_sizes, item_bytes
         self.buffers: dict[str, Buffer] = {}
+        self._shapes: dict[tuple[object, ...], tuple[Count, ...]] = {}  # layers repeat, so do shapes
         self.dims: dict[str, tuple[str, ...]] = {}
         self.layouts: dict[str, Layouts] = {}  # of each produced tensor
         self.grad_layouts: dict[str, Layouts] = {}  # that its producer needs for the gradient
@@ -69,15 +94,18 @@ class StageForward:
 
     def signature(self, operator: Operator, axis: str) -> Signature:
         """The signature that the plan chose for an operator on an axis."""
-        chosen = self.plan.layouts[operator.role][axis]
-        return signatures(operator.kind, *operator.split)[chosen]
+        return signatures(operator.kind, *operator.split)[self.plan.layouts[operator.role][axis]]
 
     def declare(
         self, name: str, dims: tuple[str, ...], layouts: Layouts, *, root: str | None = None,
         selector: str | None = None, category: str = "activations", dtype: str | None = None,
     ) -> Buffer:  # fmt: skip
         """Register a buffer of the micro-batch with its local shape under `layouts`."""
-        shape = tuple(self.sizes.size(dim, self.sharding(split_unit(dim), layouts)) for dim in dims)
+        place = (dims, *(layouts.get(axis) for axis in self.axes))
+        shape = self._shapes.get(place)
+        if shape is None:
+            shape = tuple(self.sizes.size(dim, self.sharding(split_unit(dim), layouts)) for dim in dims)
+            self._shapes[place] = shape
         kind = dtype or ("statistics" if dims in STATISTICS_DIMS else "compute")
         root = self.buffers[root].root if root in self.buffers else (root or name)
         self.buffers[name] = Buffer(name, shape, root, selector, category, kind)
@@ -87,7 +115,7 @@ class StageForward:
     @staticmethod
     def sharding(unit: str, layouts: Layouts) -> tuple[str, ...]:
         """The axes over which a dimension is sharded."""
-        return tuple(axis for axis, layout in layouts.items() if layout == Shard(unit))
+        return tuple(axis for axis, layout in layouts.items() if isinstance(layout, Shard) and layout.dim == unit)
 
     def bytes_of(self, *names: str) -> Count:
         """Bytes of buffers, in the plan's precision."""

@@ -35,15 +35,17 @@ def kv_shared(plan: Plan) -> bool:
     return any(ranges[i][1] > ranges[i + 1][0] for i in range(plan.mesh.tp - 1))
 
 
-def unit_task(plan: Plan, unit: Unit, kind: str, phase: str) -> Task:
-    """A task on a whole unit's flat buffer along the joint data axis."""
+def unit_task(plan: Plan, unit: Unit, position: int, kind: str, phase: str) -> Task:
+    """A task on a whole unit's flat buffer along the joint data axis, for the rank at `position` of it."""
     item = state_bytes(plan)
     total = unit.size * item
+    gathers = kind in ("parameter_gather", "parameter_all_gather")
+    payload = unit.shard_sizes[position] * item if gathers else total
     way = "forward" if phase == "F" else ("update" if phase == "U" else "backward")
     return Task(
         f"data.{kind}.{_generic(unit.block)}.{way}", kind, unit.block, phase, axis="data",
         stream="data" if kind == "gradient_start" else "compute",
-        work=Work(bytes=total, full_bytes=total, elements=unit.size),
+        work=Work(bytes=payload, full_bytes=total, elements=unit.size),
     )  # fmt: skip
 
 
@@ -84,6 +86,7 @@ def _tie(program: Program) -> list[Task]:
 def update_tasks(program: Program) -> list[Task]:
     """The tasks after the last backward instruction, in order."""
     plan = program.plan
+    position = program.at.dp * plan.mesh.cp + program.at.cp
     loss = Task("world.all_reduce.loss.update", "loss_sum", "loss", "U", axis="world", work=Work(bytes=8, full_bytes=8))
     if plan.forward_only:
         return [loss]
@@ -100,7 +103,7 @@ def update_tasks(program: Program) -> list[Task]:
         if not data or not unit.size or unit.block in scattered:
             continue
         kind = "gradient_all_reduce" if plan.zero_stage == 0 else "gradient_reduce_scatter"
-        tasks.append(unit_task(plan, unit, "gradient_wait" if unit.block in started else kind, "U"))
+        tasks.append(unit_task(plan, unit, position, "gradient_wait" if unit.block in started else kind, "U"))
     if plan.training.clip_norm is not None:
         tasks += _clip(program)
     for unit in program.units:
@@ -108,7 +111,7 @@ def update_tasks(program: Program) -> list[Task]:
             continue
         tasks.append(_optimizer(program, unit))
         if data and plan.zero_stage in (1, 2):
-            tasks.append(unit_task(plan, unit, "parameter_all_gather", "U"))
+            tasks.append(unit_task(plan, unit, position, "parameter_all_gather", "U"))
     return [*tasks, loss]
 
 

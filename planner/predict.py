@@ -1,0 +1,334 @@
+"""predict(plan, machine): lower, price, replay; the prediction carries the same keys as a measurement of the plan.
+
+Ranks of one class do equal work, so a large mesh is replayed on representatives: per axis one coordinate of each part
+size. A collective still costs what its whole group costs; only waiting is decided among the representatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+from planner.errors import PlanError
+from planner.machine import Machine
+from planner.memory import PARTS, Peak, peak_memory
+from planner.mesh import Coordinate, Mesh
+from planner.model import model_flops
+from planner.plan import Plan
+from planner.price import COLLECTIVES, Pricer
+from planner.program import Program, Step, Task, lower
+from planner.simulate import Replay, TaskTable, replay
+from planner.trace import (
+    MachineNote,
+    OperatorTime,
+    Prediction,
+    Span,
+    figures,
+    operator_times,
+    rank_classes,
+    version_note,
+)
+
+WHOLE_MESH_RANKS = 32
+"""Meshes up to this size are replayed rank by rank."""
+
+FINE_TASKS = 150_000
+"""Above so many tasks an instruction is replayed as one task; equal to the fine replay where nothing overlaps."""
+
+NORMAL_80 = 1.2815515655446004  # half-width of a normal distribution's central 80%, in standard deviations
+
+
+def predict(plan: Plan, machine: Machine) -> Prediction:
+    """Predict one training step of a plan on a machine.
+
+    Raises:
+        PlanError: the plan cannot be lowered.
+        MachineError: the profile lacks a needed figure.
+    """
+    replica = _Replayed(plan, machine)
+    spans = replica.spans()
+    step_seconds = replica.makespan_seconds + machine.overheads.step_seconds
+    classes = rank_classes(plan)
+    ranks = replica.ranks
+    figure = figures(spans, ranks, step_seconds)
+    kept = [[rank for rank in members if rank in replica.programs] for members in classes]
+    peaks = replica.peaks(classes)
+    width = math.exp(NORMAL_80 * machine.residuals.step_log_sigma)
+    tokens = plan.global_batch_size * plan.model.seq_len
+    peak_flops = machine.peak_flops_per_second(plan.training.precision)
+    busy = dict(zip(ranks, figure.rank_seconds, strict=True))
+    by_class = [busy[members[0]] if members else 0.0 for members in kept]
+    return Prediction(
+        version=version_note(),
+        plan_hash=plan.hash,
+        plan=plan,
+        machine=MachineNote(
+            name=machine.name,
+            precision=plan.training.precision,
+            peak_flops_per_second=peak_flops,
+            provenance=machine.device.provenance,
+        ),
+        step_seconds=step_seconds,
+        tokens_per_second=tokens / step_seconds,
+        mfu=step_flops(plan) / (step_seconds * plan.mesh.world_size * peak_flops),
+        bubble_fraction=figure.bubble_fraction,
+        exposed_communication_seconds=figure.exposed_mean_seconds,
+        exposed_communication_seconds_max=figure.exposed_max_seconds,
+        wait_seconds=figure.wait_seconds,
+        rank_seconds=_expand(by_class, classes, plan.mesh.world_size),
+        peak_bytes=_expand([peak.total_bytes for peak in peaks], classes, plan.mesh.world_size),
+        peak_parts={
+            part: _expand([peak.parts[part] for peak in peaks], classes, plan.mesh.world_size) for part in PARTS
+        },
+        rank_classes=classes,
+        operators=_operators(spans, kept, replica.payloads),
+        trace=[(s.rank, s.stream, s.key, s.start, s.end, s.kind) for s in spans],
+        low_seconds=step_seconds / width,
+        high_seconds=step_seconds * width,
+    )
+
+
+def step_flops(plan: Plan) -> float:
+    """Model FLOPs of one step: forward and backward, or the forward third of an evaluation step."""
+    flops = model_flops(plan.model) * plan.global_batch_size
+    return flops / 3 if plan.forward_only else flops
+
+
+def _expand(values: list, classes: list[list[int]], world_size: int) -> list:  # type: ignore[type-arg]
+    """A value per class as a value per rank."""
+    result = [values[0]] * world_size
+    for value, members in zip(values, classes, strict=True):
+        for rank in members:
+            result[rank] = value
+    return result
+
+
+def _operators(spans: list[Span], kept: list[list[int]], payloads: dict[str, int]) -> dict[str, OperatorTime]:
+    return operator_times(spans, kept, payloads)
+
+
+def representatives(plan: Plan) -> list[Coordinate]:
+    """Coordinates to replay: all of a small mesh, else one per part size along each axis, for every pipeline rank."""
+    mesh, parts = plan.mesh, plan.parts
+    if mesh.world_size <= WHOLE_MESH_RANKS:
+        return list(mesh.coordinates())
+    dp = _firsts(parts.batch)
+    cp = _firsts(parts.seq) if plan.seq_order == "zigzag" or not plan.model.causal else list(range(mesh.cp))
+    tp = _firsts(tuple(zip(parts.heads, parts.ffn, parts.vocab, strict=True)))
+    return [Coordinate(*at) for at in product(range(mesh.pp), dp, cp, tp)]
+
+
+def _firsts(sizes: tuple) -> list[int]:  # type: ignore[type-arg]
+    """Index of the first part of each size."""
+    return sorted({size: i for i, size in reversed(list(enumerate(sizes)))}.values())
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One task (or, coarsely, one instruction's worth of tasks) of the replay."""
+
+    rank: int
+    key: str
+    stream: int
+    seconds: float
+    predecessors: list[tuple[int, float]]
+    join: int
+    kind: str
+    label: str
+
+
+@dataclass
+class _Replayed:
+    """The programs of the representatives, priced and replayed."""
+
+    plan: Plan
+    machine: Machine
+    programs: dict[int, Program] = field(default_factory=dict)
+    payloads: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        mesh = plan.mesh
+        self.pricer = Pricer(plan, self.machine)
+        places = representatives(plan)
+        self.ranks = [mesh.rank(at) for at in places]
+        lowered: dict[int, Program] = {}
+        for members in rank_classes(plan):
+            for rank in members:
+                if rank in self.ranks:
+                    lowered[rank] = lower(plan, rank)
+        self.programs = {rank: lowered[rank] for rank in self.ranks}
+        total = sum(len(step.tasks) for program in self.programs.values() for step in program.steps)
+        self.coarse = total > FINE_TASKS
+        self.entries: list[_Entry] = []
+        self._joins: dict[tuple[object, ...], int] = {}
+        self._sent: dict[tuple[object, ...], int] = {}
+        self._waiting: list[tuple[int, tuple[object, ...]]] = []
+        for rank, program in self.programs.items():
+            _Emitter(self, rank, program).run()
+        for entry, message in self._waiting:
+            if message not in self._sent:
+                raise PlanError(f"the schedule never sends {message}; check it with 'planner schedule'")
+            self.entries[entry].predecessors.append((self._sent[message], 0.0))
+        self.table = self._table()
+        self.result: Replay = replay(self.table, lambda task: self.entries[task].key)
+
+    @property
+    def makespan_seconds(self) -> float:
+        """When the last rank ends its step."""
+        return self.result.makespan_seconds
+
+    def join(self, group: tuple[object, ...]) -> int:
+        """Number of a collective that all members start together."""
+        return self._joins.setdefault(group, len(self._joins))
+
+    def _table(self) -> TaskTable:
+        entries = self.entries
+        return TaskTable.build(
+            rank=[e.rank for e in entries],
+            seconds=[e.seconds for e in entries],
+            predecessors=[e.predecessors for e in entries],
+            stream=[e.stream for e in entries],
+            join=[e.join for e in entries],
+        )
+
+    def peaks(self, classes: list[list[int]]) -> list[Peak]:
+        """Peak memory of every rank class."""
+        found = []
+        for members in classes:
+            rank = next((rank for rank in members if rank in self.programs), None)
+            found.append(peak_memory(self.programs[rank] if rank is not None else lower(self.plan, members[0])))
+        return found
+
+    def spans(self) -> list[Span]:
+        """Work and wait spans of every representative, in its own order."""
+        result, spans = self.result, []
+        last: dict[tuple[int, int], float] = defaultdict(float)
+        rows = zip(self.entries, result.start.tolist(), result.end.tolist(), strict=True)
+        for entry, start, end in rows:
+            lane = (entry.rank, entry.stream)
+            begun = last[lane] if entry.stream == 0 else start
+            if entry.kind == "gradient_wait":
+                start = begun  # noqa: PLW2901 - the time in this wait is what the overlap did not hide
+            if start > begun:
+                spans.append(Span(entry.rank, entry.label, entry.key, begun, start, "wait"))
+            if end > start:
+                spans.append(Span(entry.rank, entry.label, entry.key, start, end, "work"))
+            last[lane] = end
+        return spans
+
+
+STREAMS = {"compute": 0, "data": 1}
+
+
+@dataclass
+class _Emitter:
+    """Appends the entries of one rank's program in order."""
+
+    replayed: _Replayed
+    rank: int
+    program: Program
+    previous: int | None = None
+    counts: dict[tuple[int, ...], int] = field(default_factory=lambda: defaultdict(int))
+    started: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Walk the steps."""
+        pricer, at = self.replayed.pricer, self.program.at
+        for step in self.program.steps:
+            for key, tasks, seconds in self._chunks(step):
+                task = tasks[0]
+                self._note(tasks)
+                if task.kind == "send":
+                    self._send(task, pricer.seconds(task, at))
+                elif task.kind == "receive":
+                    self._receive(task)
+                elif task.kind == "gradient_start":
+                    self._start(task, seconds)
+                elif task.kind == "gradient_wait":
+                    self._append(task.key, 0.0, [(self.started[task.name], 0.0)], -1, task.kind)
+                elif seconds or task.axis:
+                    group = self._group(task) if len(tasks) == 1 else None
+                    self._append(key, seconds, [], self.replayed.join(group) if group else -1, task.kind)
+
+    def _chunks(self, step: Step) -> Iterator[tuple[str, tuple[Task, ...], float]]:
+        """The step's tasks one by one, or as few runs as their joins allow when the replay is coarse."""
+        pricer, at = self.replayed.pricer, self.program.at
+        if not self.replayed.coarse or step.op == "U" or len(step.tasks) == 1:
+            for task in step.tasks:
+                yield task.key, (task,), pricer.seconds(task, at)
+            return
+        run: list[Task] = []
+        for task in step.tasks:
+            if task.kind == "gradient_start":
+                if run:
+                    yield f"{step.stage}.{step.op}", tuple(run), sum(pricer.seconds(t, at) for t in run)
+                run = []
+                yield task.key, (task,), pricer.seconds(task, at)
+            else:
+                run.append(task)
+        if run:
+            yield f"{step.stage}.{step.op}", tuple(run), sum(pricer.seconds(t, at) for t in run)
+
+    def _note(self, tasks: tuple[Task, ...]) -> None:
+        for task in tasks:
+            if task.axis and self.rank == self.replayed.ranks[0]:
+                payloads = self.replayed.payloads
+                payloads[task.key] = payloads.get(task.key, 0) + int(task.work.bytes)
+
+    def _append(
+        self,
+        key: str,
+        seconds: float,
+        predecessors: list[tuple[int, float]],
+        join: int,
+        kind: str,
+        stream: str = "compute",
+    ) -> int:
+        entries = self.replayed.entries
+        entries.append(_Entry(self.rank, key, STREAMS[stream], seconds, predecessors, join, kind, stream))
+        if stream == "compute":
+            self.previous = len(entries) - 1
+        return len(entries) - 1
+
+    def _group(self, task: Task) -> tuple[object, ...] | None:
+        """The collective's group and how many this group has begun before: what its members agree on."""
+        if task.kind not in COLLECTIVES and task.kind != "ring_shift":
+            return None
+        mesh: Mesh = self.program.plan.mesh
+        axis = task.axis or "world"
+        if axis == "tie":
+            group: tuple[int, ...] = (-1, self.program.at.dp, self.program.at.cp, self.program.at.tp)
+        else:
+            group = mesh.group(axis, self.program.at)
+            if len(group) == 1:
+                return None
+        lane = (hash(task.stream), *group)
+        self.counts[lane] += 1
+        return (axis, task.stream, group, self.counts[lane])
+
+    def _message(self, task: Task) -> tuple[object, ...]:
+        at = self.program.at
+        a = task.attributes
+        return (a["from"], a["to"], a["micro_batch"], at.dp, at.cp, at.tp)
+
+    def _send(self, task: Task, seconds: float) -> None:
+        """The message travels on its own; the sender goes on at once."""
+        before = [] if self.previous is None else [(self.previous, 0.0)]
+        entries = self.replayed.entries
+        stream = 2 + 2 * int(task.attributes["to"]) + int(task.key.endswith("backward"))
+        entries.append(_Entry(self.rank, task.key, stream, seconds, before, -1, "send", "pp"))
+        self.replayed._sent[self._message(task)] = len(entries) - 1
+
+    def _receive(self, task: Task) -> None:
+        entry = self._append(task.key, 0.0, [], -1, "receive")
+        self.replayed._waiting.append((entry, self._message(task)))
+
+    def _start(self, task: Task, seconds: float) -> None:
+        group = self._group(task)
+        before = [] if self.previous is None else [(self.previous, 0.0)]
+        join = self.replayed.join(group) if group else -1
+        self.started[task.name] = self._append(task.key, seconds, before, join, task.kind, "data")
