@@ -1,0 +1,57 @@
+"""Machine: what a cluster can do, as measured or published figures that each say where they come from.
+
+A profile is a TOML file. It may extend another one (`extends = "a100-80gb"`) and then states only what differs; the
+figures of one group carry one `provenance` line. Nothing here computes a time: `planner.cost` holds the formulas.
+"""
+
+from planner.machine.figures import (
+    Algorithm,
+    Collective,
+    Device,
+    GemmCurve,
+    GemmTile,
+    Host,
+    KernelFigures,
+    Link,
+    Machine,
+    MeasuredCollective,
+    MeasuredRegime,
+    MemoryOverhead,
+    MemoryRegime,
+    Overheads,
+    Precision,
+    Residuals,
+)
+from planner.machine.profile import (
+    GENERIC_PROFILE,
+    dump_machine,
+    load_machine,
+    machine_names,
+    render_machine,
+    user_profile_path,
+)
+
+__all__ = [
+    "Algorithm",
+    "Collective",
+    "Device",
+    "GENERIC_PROFILE",
+    "GemmCurve",
+    "GemmTile",
+    "Host",
+    "KernelFigures",
+    "Link",
+    "Machine",
+    "MeasuredCollective",
+    "MeasuredRegime",
+    "MemoryOverhead",
+    "MemoryRegime",
+    "Overheads",
+    "Precision",
+    "Residuals",
+    "dump_machine",
+    "load_machine",
+    "machine_names",
+    "render_machine",
+    "user_profile_path",
+]
