@@ -1,0 +1,40 @@
+"""Communication between the ranks of a job: one set of group operations over MPI or over threads of one process.
+
+    base          requests, and the channel every transport implements
+    record        counters, the log of recent calls
+    communicator  what the executor starts from: groups by axis
+    group         operations of a group: validated, counted, checked, each by a chosen algorithm
+    calls         each collective validated: what it counts, what ranks must agree on
+    buffers       validation of arrays and counts
+    algorithms    collectives composed of others, where a library's own is slow
+    paranoid      fingerprints of collectives and of replicated tensors, compared across ranks
+    clock         offsets between the ranks' clocks
+    mpi           the MPI transport and the end of a job; the only module that imports mpi4py
+    loopback      the in-process transport, ranks as threads
+    fabric        where those threads meet, with exact deadlock detection
+
+Everything but the two transports is imported here; `executor.comm.mpi` initialises MPI when imported.
+"""
+
+from executor.comm.algorithms import ALGORITHMS
+from executor.comm.base import CommunicationError, Request, wait_all
+from executor.comm.clock import ClockOffsets, clock_offsets
+from executor.comm.communicator import Communicator
+from executor.comm.group import Elapsed, Group
+from executor.comm.paranoid import hash_replicated
+from executor.comm.record import Counters, Tally
+
+__all__ = [
+    "ALGORITHMS",
+    "ClockOffsets",
+    "CommunicationError",
+    "Communicator",
+    "Counters",
+    "Elapsed",
+    "Group",
+    "Request",
+    "Tally",
+    "clock_offsets",
+    "hash_replicated",
+    "wait_all",
+]
