@@ -1,0 +1,156 @@
+"""Scaled dot-product attention: BLAS for the products, one head at a time so that its scores stay in the L2 cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from executor.fused.compile import kernel
+from executor.fused.dropout import row_key
+from executor.fused.matmul import gemm
+from executor.fused.softmax import drop, exponentiate, hide, largest_of, scratch
+from executor.reference.arrays import Floats, Ints
+from executor.reference.attention import UNLIMITED, reach
+from executor.reference.dropout import threshold_of
+
+_MASK = "int64[::1], int32[::1], int32[::1], int64, int64"  # kv_index, q and k positions, back, ahead
+_DROPOUT = "uint32, T, uint64, int64[::1], int64[::1]"  # threshold, 1 / (1 - rate), key, samples, head_ids
+
+
+@kernel(
+    f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T, {_MASK}, {_DROPOUT}, T[:, :, :, ::1], T[:, :, :, :], T[::1])"
+)
+def _attention_forward(
+    q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any, ahead: Any,
+    threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, probabilities: Any, out: Any, buffer: Any,
+) -> None:  # fmt: skip
+    real = q.dtype.type
+    queries, keys = q.shape[0], k.shape[0]
+    masked = back < UNLIMITED or ahead < UNLIMITED
+    for b in range(q.shape[1]):
+        for head in range(q.shape[2]):
+            p, source = probabilities[b, head], kv_index[head]
+            gemm(real(scale), q[:, b, head], False, k[:, b, source], True, real(0.0), p)
+            for i in range(queries):
+                row = p[i]
+                if masked:
+                    hide(row, q_positions[i], k_positions, back, ahead)
+                total = exponentiate(row, largest_of(row))
+                inverse = real(1.0) / (total if total != 0 else real(1.0))
+                for j in range(keys):
+                    row[j] *= inverse
+            weights = p
+            if threshold > 0:
+                weights = buffer[: queries * keys].reshape(queries, keys)
+                for i in range(queries):
+                    row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
+                    drop(p[i], weights[i], row_hash, k_positions, threshold, keep_scale)
+            gemm(real(1.0), weights, False, v[:, b, source], False, real(0.0), out[:, b, head])
+
+
+def mask_arguments(
+    kv_index: Ints, causal: bool, window: int | None, q_positions: Ints, k_positions: Ints
+) -> tuple[Ints, Any, Any, int, int]:
+    """The mask as kernels take it: 32-bit positions compare twice as many at a time."""
+    return kv_index, q_positions.astype(np.int32), k_positions.astype(np.int32), *reach(causal, window)
+
+
+def dropout_arguments(rate: float, key: int, samples: Ints, head_ids: Ints) -> tuple[int, float, Any, Ints, Ints]:
+    """The dropout as kernels take it."""
+    return threshold_of(rate), 1.0 / (1.0 - rate), np.uint64(key), samples, head_ids
+
+
+def attention_forward(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    scale: float,
+    kv_index: Ints,
+    causal: bool,
+    window: int | None,
+    q_positions: Ints,
+    k_positions: Ints,
+    rate: float,
+    key: int,
+    samples: Ints,
+    head_ids: Ints,
+    probabilities: Floats,
+    out: Floats,
+) -> None:
+    """See `executor.reference.attention.attention_forward`."""
+    mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
+    dropout = dropout_arguments(rate, key, samples, head_ids)
+    buffer = scratch(q.dtype, q.shape[0] * k.shape[0] if rate > 0.0 else 0)
+    _attention_forward[q.dtype](q, k, v, scale, *mask, *dropout, probabilities, out, buffer)
+
+
+@kernel(
+    f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T, {_MASK}, {_DROPOUT}, T[:, :, :, ::1],"
+    " T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[::1])"
+)
+def _attention_backward(
+    dout: Any, q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any,
+    ahead: Any, threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, probabilities: Any, dq: Any,
+    dk: Any, dv: Any, buffer: Any,
+) -> None:  # fmt: skip
+    real = q.dtype.type
+    queries, keys = q.shape[0], k.shape[0]
+    d_scores = buffer[: queries * keys].reshape(queries, keys)
+    weights = buffer[queries * keys : 2 * queries * keys]
+    for b in range(q.shape[1]):
+        visited = np.zeros(k.shape[2], np.bool_)
+        for head in range(q.shape[2]):
+            p, source = probabilities[b, head], kv_index[head]
+            onto = real(1.0) if visited[source] else real(0.0)
+            visited[source] = True
+            gemm(real(1.0), dout[:, b, head], False, v[:, b, source], True, real(0.0), d_scores)
+            dropped = p
+            if threshold > 0:
+                dropped = weights.reshape(queries, keys)
+                for i in range(queries):
+                    row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
+                    drop(d_scores[i], dropped[i], row_hash, k_positions, threshold, keep_scale)
+                    for j in range(keys):
+                        d_scores[i, j] = dropped[i, j]
+                    drop(p[i], dropped[i], row_hash, k_positions, threshold, keep_scale)
+            gemm(real(1.0), dropped, True, dout[:, b, head], False, onto, dv[:, b, source])
+            for i in range(queries):
+                delta = real(0.0)
+                for j in range(keys):
+                    delta += p[i, j] * d_scores[i, j]
+                for j in range(keys):
+                    d_scores[i, j] = p[i, j] * (d_scores[i, j] - delta)
+            gemm(real(scale), d_scores, False, k[:, b, source], False, real(0.0), dq[:, b, head])
+            gemm(real(scale), d_scores, True, q[:, b, head], False, onto, dk[:, b, source])
+        for source in range(k.shape[2]):
+            if not visited[source]:
+                dk[:, b, source] = 0
+                dv[:, b, source] = 0
+
+
+def attention_backward(
+    dout: Floats,
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    scale: float,
+    kv_index: Ints,
+    causal: bool,
+    window: int | None,
+    q_positions: Ints,
+    k_positions: Ints,
+    rate: float,
+    key: int,
+    samples: Ints,
+    head_ids: Ints,
+    probabilities: Floats,
+    dq: Floats,
+    dk: Floats,
+    dv: Floats,
+) -> None:
+    """See `executor.reference.attention.attention_backward`."""
+    mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
+    dropout = dropout_arguments(rate, key, samples, head_ids)
+    buffer = scratch(q.dtype, 2 * q.shape[0] * k.shape[0])
+    _attention_backward[q.dtype](dout, q, k, v, scale, *mask, *dropout, probabilities, dq, dk, dv, buffer)

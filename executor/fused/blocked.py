@@ -1,0 +1,288 @@
+"""Attention by tiles of queries and keys that stay in the L2 cache; BLAS for the products, no Sq × Sk matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from executor.fused.attention import dropout_arguments, mask_arguments
+from executor.fused.compile import helper, kernel
+from executor.fused.dropout import row_key
+from executor.fused.maths import exp
+from executor.fused.matmul import gemm
+from executor.fused.softmax import drop, exponentiate, hide, largest_of, scratch
+from executor.reference import blocked as reference
+from executor.reference.arrays import Floats, Ints
+
+OPEN_TILE = (512, 256)
+"""Queries and keys of a tile: the shortest side is the inner dimension of a product, and BLAS wants that long."""
+
+MASKED_TILE = (256, 256)
+"""A mask hides whole tiles, and the more the smaller they are; below 256 the products slow down by more than that."""
+
+block_attention_start = reference.block_attention_start  # three fills
+
+_MASK = "int64[::1], int32[::1], int32[::1], int64, int64"  # kv_index, q and k positions, back, ahead
+_DROPOUT = "uint32, T, uint64, int64[::1], int64[::1]"  # threshold, 1 / (1 - rate), key, samples, head_ids
+_QKV = "T[:, :, :, :], T[:, :, :, :], T[:, :, :, :]"
+
+
+@helper
+def coverage(q_positions: Any, k_positions: Any, back: Any, ahead: Any) -> Any:
+    """Whether a tile is wholly hidden (0), cut by the mask (1) or wholly visible (2)."""
+    nearest, farthest = np.int64(k_positions.min()), np.int64(k_positions.max())
+    first, last = np.int64(q_positions.min()), np.int64(q_positions.max())
+    if nearest - last > ahead or first - farthest > back:
+        return 0
+    return 2 if farthest - first <= ahead and last - nearest <= back else 1
+
+
+@kernel(f"void({_QKV}, T, {_MASK}, {_DROPOUT}, T[:, :, :, :], T[:, :, ::1], T[:, :, ::1], int64, int64, T[::1])")
+def _step(
+    q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any, ahead: Any,
+    threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, out: Any, running_max: Any,
+    running_sum: Any, query_tile: Any, key_tile: Any, buffer: Any,
+) -> None:  # fmt: skip
+    real = q.dtype.type
+    queries, keys = q.shape[0], k.shape[0]
+    for b in range(q.shape[1]):
+        for head in range(q.shape[2]):
+            source = kv_index[head]
+            for i0 in range(0, queries, query_tile):
+                i1 = min(i0 + query_tile, queries)
+                for j0 in range(0, keys, key_tile):
+                    j1 = min(j0 + key_tile, keys)
+                    columns = k_positions[j0:j1]
+                    cover = coverage(q_positions[i0:i1], columns, back, ahead)
+                    if cover == 0:
+                        continue
+                    area = (i1 - i0) * (j1 - j0)
+                    tile = buffer[:area].reshape(i1 - i0, j1 - j0)
+                    gemm(real(scale), q[i0:i1, b, head], False, k[j0:j1, b, source], True, real(0.0), tile)
+                    for i in range(i0, i1):
+                        row = tile[i - i0]
+                        if cover == 1:
+                            hide(row, q_positions[i], columns, back, ahead)
+                        before = running_max[b, head, i]
+                        largest = max(before, largest_of(row))
+                        rescale = exp(before - largest) if before != real(-np.inf) else real(0.0)
+                        running_sum[b, head, i] = running_sum[b, head, i] * rescale + exponentiate(row, largest)
+                        running_max[b, head, i] = largest
+                        for c in range(out.shape[3]):
+                            out[i, b, head, c] *= rescale
+                    weights = tile
+                    if threshold > 0:
+                        weights = buffer[area : 2 * area].reshape(i1 - i0, j1 - j0)
+                        for i in range(i0, i1):
+                            row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
+                            drop(tile[i - i0], weights[i - i0], row_hash, columns, threshold, keep_scale)
+                    gemm(real(1.0), weights, False, v[j0:j1, b, source], False, real(1.0), out[i0:i1, b, head])
+
+
+def block_attention_step(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    scale: float,
+    kv_index: Ints,
+    causal: bool,
+    window: int | None,
+    q_positions: Ints,
+    k_positions: Ints,
+    rate: float,
+    key: int,
+    samples: Ints,
+    head_ids: Ints,
+    out_accumulator: Floats,
+    running_max: Floats,
+    running_sum: Floats,
+) -> None:
+    """See `executor.reference.blocked.block_attention_step`."""
+    mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
+    dropout = dropout_arguments(rate, key, samples, head_ids)
+    tiles = MASKED_TILE if causal or window is not None else OPEN_TILE
+    buffer = scratch(q.dtype, 2 * tiles[0] * tiles[1])
+    _step[q.dtype](q, k, v, scale, *mask, *dropout, out_accumulator, running_max, running_sum, *tiles, buffer)
+
+
+@kernel("void(T[:, :, :, :], T[:, :, ::1], T[:, :, ::1], T[:, :, ::1])")
+def _finish(out: Any, running_max: Any, running_sum: Any, logsumexp: Any) -> None:
+    real = out.dtype.type
+    for i in range(out.shape[0]):
+        for b in range(out.shape[1]):
+            for head in range(out.shape[2]):
+                total = running_sum[b, head, i]
+                if total == 0:
+                    total = real(1.0)
+                    logsumexp[b, head, i] = real(-np.inf)
+                else:
+                    logsumexp[b, head, i] = running_max[b, head, i] + np.log(total)
+                inverse = real(1.0) / total
+                for c in range(out.shape[3]):
+                    out[i, b, head, c] *= inverse
+
+
+def block_attention_finish(
+    out_accumulator: Floats, running_max: Floats, running_sum: Floats, logsumexp: Floats
+) -> None:
+    """See `executor.reference.blocked.block_attention_finish`."""
+    _finish[logsumexp.dtype](out_accumulator, running_max, running_sum, logsumexp)
+
+
+@kernel("void(T[:, :, :, :], T[:, :, :, :], T[:, :, ::1])")
+def _delta(dout: Any, out: Any, delta: Any) -> None:
+    for i in range(out.shape[0]):
+        for b in range(out.shape[1]):
+            for head in range(out.shape[2]):
+                total = out.dtype.type(0.0)
+                for c in range(out.shape[3]):
+                    total += dout[i, b, head, c] * out[i, b, head, c]
+                delta[b, head, i] = total
+
+
+def attention_delta(dout: Floats, out: Floats, delta: Floats) -> None:
+    """See `executor.reference.blocked.attention_delta`."""
+    _delta[delta.dtype](dout, out, delta)
+
+
+@helper
+def rebuild(row: Any, d_row: Any, logsumexp: Any, delta: Any) -> None:
+    """Replace scores by probabilities, and gradients of (dropped) probabilities by those of scores."""
+    shift = row.dtype.type(0.0) if logsumexp == row.dtype.type(-np.inf) else logsumexp
+    for j in range(row.shape[0]):
+        p = exp(row[j] - shift)
+        row[j] = p
+        d_row[j] = p * (d_row[j] - delta)
+
+
+@kernel(
+    f"void(T[:, :, :, :], {_QKV}, T, {_MASK}, {_DROPOUT}, T[:, :, ::1], T[:, :, ::1], T[:, :, :, :], T[:, :, :, :],"
+    " T[:, :, :, :], int64, int64, T[::1])"
+)
+def _step_backward(
+    dout: Any, q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any,
+    ahead: Any, threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, logsumexp: Any, delta: Any,
+    dq: Any, dk: Any, dv: Any, query_tile: Any, key_tile: Any, buffer: Any,
+) -> None:  # fmt: skip
+    real = q.dtype.type
+    queries, keys = q.shape[0], k.shape[0]
+    one = real(1.0)
+    for b in range(q.shape[1]):
+        for head in range(q.shape[2]):
+            source = kv_index[head]
+            for i0 in range(0, queries, query_tile):
+                i1 = min(i0 + query_tile, queries)
+                for j0 in range(0, keys, key_tile):
+                    j1 = min(j0 + key_tile, keys)
+                    columns = k_positions[j0:j1]
+                    cover = coverage(q_positions[i0:i1], columns, back, ahead)
+                    if cover == 0:
+                        continue
+                    area = (i1 - i0) * (j1 - j0)
+                    tile = buffer[:area].reshape(i1 - i0, j1 - j0)
+                    d_tile = buffer[area : 2 * area].reshape(i1 - i0, j1 - j0)
+                    spare = buffer[2 * area : 2 * area + j1 - j0]
+                    gemm(real(scale), q[i0:i1, b, head], False, k[j0:j1, b, source], True, real(0.0), tile)
+                    gemm(one, dout[i0:i1, b, head], False, v[j0:j1, b, source], True, real(0.0), d_tile)
+                    for i in range(i0, i1):
+                        row, d_row = tile[i - i0], d_tile[i - i0]
+                        if cover == 1:
+                            hide(row, q_positions[i], columns, back, ahead)
+                        row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
+                        if threshold > 0:
+                            drop(d_row, spare, row_hash, columns, threshold, keep_scale)
+                            d_row[:] = spare
+                        rebuild(row, d_row, logsumexp[b, head, i], delta[b, head, i])
+                        if threshold > 0:
+                            drop(row, spare, row_hash, columns, threshold, keep_scale)
+                            row[:] = spare
+                    gemm(one, tile, True, dout[i0:i1, b, head], False, one, dv[j0:j1, b, source])
+                    gemm(real(scale), d_tile, False, k[j0:j1, b, source], False, one, dq[i0:i1, b, head])
+                    gemm(real(scale), d_tile, True, q[i0:i1, b, head], False, one, dk[j0:j1, b, source])
+
+
+def block_attention_step_backward(
+    dout: Floats,
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    scale: float,
+    kv_index: Ints,
+    causal: bool,
+    window: int | None,
+    q_positions: Ints,
+    k_positions: Ints,
+    rate: float,
+    key: int,
+    samples: Ints,
+    head_ids: Ints,
+    logsumexp: Floats,
+    delta: Floats,
+    dq: Floats,
+    dk: Floats,
+    dv: Floats,
+) -> None:
+    """See `executor.reference.blocked.block_attention_step_backward`."""
+    mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
+    dropout = dropout_arguments(rate, key, samples, head_ids)
+    tiles = MASKED_TILE if causal or window is not None else OPEN_TILE
+    buffer = scratch(q.dtype, (2 * tiles[0] + 1) * tiles[1])
+    _step_backward[q.dtype](dout, q, k, v, scale, *mask, *dropout, logsumexp, delta, dq, dk, dv, *tiles, buffer)
+
+
+def blocked_attention_forward(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    scale: float,
+    kv_index: Ints,
+    causal: bool,
+    window: int | None,
+    q_positions: Ints,
+    k_positions: Ints,
+    rate: float,
+    key: int,
+    samples: Ints,
+    head_ids: Ints,
+    out: Floats,
+    logsumexp: Floats,
+) -> None:
+    """See `executor.reference.blocked.blocked_attention_forward`."""
+    running_sum = np.empty_like(logsumexp)
+    block_attention_start(out, logsumexp, running_sum)
+    mask = (kv_index, causal, window, q_positions, k_positions)
+    dropout = (rate, key, samples, head_ids)
+    block_attention_step(q, k, v, scale, *mask, *dropout, out, logsumexp, running_sum)
+    block_attention_finish(out, logsumexp, running_sum, logsumexp)
+
+
+def blocked_attention_backward(
+    dout: Floats,
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    scale: float,
+    kv_index: Ints,
+    causal: bool,
+    window: int | None,
+    q_positions: Ints,
+    k_positions: Ints,
+    rate: float,
+    key: int,
+    samples: Ints,
+    head_ids: Ints,
+    out: Floats,
+    logsumexp: Floats,
+    dq: Floats,
+    dk: Floats,
+    dv: Floats,
+) -> None:
+    """See `executor.reference.blocked.blocked_attention_backward`."""
+    delta = np.empty_like(logsumexp)
+    attention_delta(dout, out, delta)
+    for gradient in (dq, dk, dv):
+        gradient[...] = 0
+    mask = (kv_index, causal, window, q_positions, k_positions)
+    dropout = (rate, key, samples, head_ids)
+    block_attention_step_backward(dout, q, k, v, scale, *mask, *dropout, logsumexp, delta, dq, dk, dv)

@@ -1,0 +1,64 @@
+"""Rows of attention scores: mask, maximum, exponentials and dropout, shared by plain and blocked attention."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from executor.fused.compile import exact_helper, helper
+from executor.fused.dropout import kept
+from executor.fused.maths import exp, larger
+from executor.reference.arrays import Floats
+
+_local = threading.local()
+
+
+def scratch(dtype: np.dtype[Any], size: int) -> Floats:
+    """Return a flat buffer of at least this many elements, kept by the thread and reused by every kernel."""
+    pool: dict[np.dtype[Any], Floats] = _local.__dict__.setdefault("pool", {})
+    if dtype not in pool or pool[dtype].size < size:
+        pool[dtype] = np.empty(size, dtype)
+    return pool[dtype]
+
+
+@helper
+def largest_of(row: Any) -> Any:
+    """Largest element, -inf if there is none. NaN need not show here; it does in the exponentials."""
+    largest = row.dtype.type(-np.inf)
+    for j in range(row.shape[0]):
+        largest = larger(row[j], largest)
+    return largest
+
+
+@helper
+def hide(row: Any, q_position: Any, k_positions: Any, back: Any, ahead: Any) -> None:
+    """Write -inf into the scores [Sk] of the keys that the query does not see; positions are int32."""
+    hidden = row.dtype.type(-np.inf)
+    lowest, highest = np.int64(q_position) - back, np.int64(q_position) + ahead
+    low = np.int32(max(lowest, -2147483648))
+    high = np.int32(min(highest, 2147483647))
+    for j in range(row.shape[0]):
+        row[j] = row[j] if (k_positions[j] >= low) & (k_positions[j] <= high) else hidden
+
+
+@helper
+def exponentiate(row: Any, largest: Any) -> Any:
+    """Replace scores by exp(score - largest); return their sum. A largest of -inf (no key seen) gives zeros."""
+    total = row.dtype.type(0.0)
+    shift = row.dtype.type(0.0) if largest == row.dtype.type(-np.inf) else largest
+    for j in range(row.shape[0]):
+        e = exp(row[j] - shift)
+        row[j] = e
+        total += e
+    return total
+
+
+@exact_helper
+def drop(row: Any, out: Any, key: Any, k_positions: Any, threshold: Any, scale: Any) -> None:
+    """Compute out = row · dropout factor, column by global key position (int32); out may not be row."""
+    low, high = np.uint32(key & np.uint64(0xFFFFFFFF)), np.uint32(key >> np.uint64(32))
+    zero = row.dtype.type(0.0)
+    for j in range(row.shape[0]):
+        out[j] = row[j] * (scale if kept(low, high, np.uint32(k_positions[j]), threshold) else zero)

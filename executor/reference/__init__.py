@@ -1,0 +1,1 @@
+"""Every kernel in plain NumPy: the readable form, which the fused kernels are tested against."""
