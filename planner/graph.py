@@ -20,6 +20,7 @@ SPLIT_UNIT = {
     "qkv": "heads",  # packed [Q | K | V] columns
     "attended": "heads",  # heads · head_dim
     "kv_heads": "heads",
+    "qk_heads": "heads",  # query heads, then key heads
     "gate_up": "ffn",  # packed [gate | up] columns
     "key_seq": "seq",
 }
@@ -172,6 +173,13 @@ class _Builder:
         self.norm(block, "norm", "embedding.sum", "embedding.normed")
         return "embedding.normed"
 
+    def qk_saved(self, block: str) -> tuple[Tensor, ...]:
+        """What the norms of query and key heads save: the heads before the norm and 1/deviation of each."""
+        if not self.spec.qk_norm:
+            return ()
+        dims = ("seq", "batch", "qk_heads")
+        return Tensor(f"{block}.qk_before_norm", (*dims, "head_dim")), Tensor(f"{block}.qk_rstd", dims)
+
     def attention(self, block: str, layer: int, source: str) -> str:
         """Packed projection, per-head biases, norms and rotation, attention core, output projection."""
         spec = self.spec
@@ -192,7 +200,7 @@ class _Builder:
                 Tensor(f"{block}.v", kv, alias_of=qkv),
             ),
             parameters=tuple(extras),
-            saved=(Tensor(f"{block}.qk_rstd", ("seq", "batch", "qk_heads")),) if spec.qk_norm else (),
+            saved=self.qk_saved(block),
             attributes={"theta": theta if spec.positions == "rotary" else None},
         )  # fmt: skip
         self.add(

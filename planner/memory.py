@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from planner.plan import Plan
 from planner.program import Program, Step, Task
+from planner.program.liveness import needed
 from planner.program.rank import ITEM_BYTES
 from planner.program.tasks import Buffer
 from planner.program.units import Unit
@@ -84,11 +85,11 @@ def _step(program: Program, step: Step, units: dict[str, Unit]) -> _Walk:
     if step.op != "U":
         batch = program.micro_batches[step.micro_batch]
         buffers = program.segments[step.stage, batch].buffers
-    held: set[str] = set()
+    held = needed(step.tasks, buffers) if buffers else set()
     gradient: set[str] = set()
     for task in step.tasks:
-        for root in {buffers[name].root for name in task.writes if name in buffers} - held:
-            if root not in {buffers[name].root for name in task.reads if name in buffers}:
+        for root in {buffers[name].root for name in task.writes if name in buffers}:
+            if root not in held:
                 walk.change(buffers[root].category, _bytes(buffers[root], program.plan))
             held.add(root)
         _unit_memory(program.plan, task, units, walk, gradient)

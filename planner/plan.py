@@ -13,7 +13,7 @@ import msgspec
 
 from planner.errors import DataError, MeshwrightError, PlanError
 from planner.graph import Operator, build_graph, operators
-from planner.layout import AXES, signatures
+from planner.layout import AXES, Layout, Signature, signatures
 from planner.mesh import Mesh
 from planner.model import ModelSpec
 from planner.shard import split_evenly, zigzag_sizes
@@ -123,9 +123,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return hashlib.sha256(content).hexdigest()[:16]
 
     def micro_batches(self, replica: int) -> tuple[int, ...]:
-        """Sizes of the micro-batches of one replica; only the last may be smaller."""
+        """Sizes of the micro-batches of one replica; only the last may be smaller.
+
+        ZeRO 2 and 3 have collectives over the replicas in every micro-batch, so that all replicas need as many: those
+        with fewer take part with empty ones.
+        """
         full, rest = divmod(self.parts.batch[replica], self.micro_batch_size)
-        return (self.micro_batch_size,) * full + ((rest,) if rest else ())
+        sizes = (self.micro_batch_size,) * full + ((rest,) if rest else ())
+        if self.zero_stage < 2:
+            return sizes
+        return sizes + (0,) * (-(-max(self.parts.batch) // self.micro_batch_size) - len(sizes))
 
 
 def _at_most(what: str, value: int, limit: int, of: str, remedy: str) -> None:
@@ -224,6 +231,7 @@ def _check_layouts(plan: Plan) -> None:
     missing = sorted(set(by_role) - set(plan.layouts))
     if missing:
         raise PlanError(f"layouts lack the operators {', '.join(missing)}; write the plan again with the planner")
+    _check_tied(plan, by_role)
 
 
 @lru_cache(maxsize=16)
@@ -231,6 +239,27 @@ def distinct_operators(model: ModelSpec) -> tuple[Operator, ...]:
     """One operator of each role; two layers show all of them (the first may lack a norm)."""
     short = msgspec.structs.replace(model, layers=min(model.layers, 2))
     return tuple({operator.role: operator for operator in operators(build_graph(short))}.values())
+
+
+def weight_layouts(signature: Signature) -> tuple[Layout, Layout]:
+    """Layouts of an operator's parameters and of their gradients: equal for operators that share a weight."""
+    return signature.parameters, signature.grad_parameters
+
+
+def _check_tied(plan: Plan, by_role: dict[str, Operator]) -> None:
+    """The embedding and the head, sharing a weight, must hold the same part of it and of its gradient."""
+    if not plan.model.tie_embeddings:
+        return
+    for axis in AXES:
+        first, last = (
+            signatures(by_role[role].kind, *by_role[role].split)[plan.layouts[role][axis]]
+            for role in ("embedding.tokens", "head.vocab")
+        )
+        if plan.mesh.size(axis) > 1 and weight_layouts(first) != weight_layouts(last):
+            raise PlanError(
+                f"layouts embedding.tokens={first.name!r} and head.vocab={last.name!r} on {axis} keep their shared "
+                "weight differently; use vocab with column or replicate with replicate"
+            )
 
 
 TENSOR_SIGNATURES = {

@@ -19,8 +19,8 @@ def needed(tasks: Iterable[Task], buffers: dict[str, Buffer]) -> set[str]:
     defined: set[str] = set()
     wanted: set[str] = set()
     for task in tasks:
-        wanted |= {buffers[name].root for name in task.reads} - defined
-        defined |= {buffers[name].root for name in task.writes}
+        wanted |= {buffers[name].root for name in task.reads if name in buffers} - defined
+        defined |= {buffers[name].root for name in task.writes if name in buffers}
     return wanted
 
 
