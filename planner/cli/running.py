@@ -1,0 +1,107 @@
+"""The commands that start MPI: run, profile."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from planner.cli.commands import ProfileOptions, RunOptions
+from planner.cli.frame import INTERNAL_ERROR, Answer, say
+from planner.compare import compare
+from planner.documents import load_record
+from planner.errors import DataError, MeshwrightError, PlanError
+from planner.launch import (
+    INTERRUPTED,
+    find_executor,
+    find_launcher,
+    is_root,
+    launch,
+    launch_command,
+    launch_environment,
+)
+from planner.machine import load_machine, user_profile_path
+from planner.plan import Plan, load_plan
+from planner.predict import predict
+from planner.report.comparison import comparison_document, comparison_view
+from planner.report.lists import machine_document, machine_view
+from planner.report.units import seconds_text
+from planner.resolve import machine_choice, usable_cores
+from planner.trace import Prediction, load_prediction
+
+
+def run_plan(options: RunOptions) -> Answer:
+    """Run a plan on this machine, then compare with its prediction."""
+    for name, value, least in (("steps", options.steps, 1), ("warmup", options.warmup, 0)):
+        if value < least:
+            raise PlanError(f"--{name} {value} is too few; use at least {least}")
+    path, out = Path(options.plan), Path(options.out)
+    plan = load_plan(path)
+    if not out.parent.is_dir():
+        raise DataError(f"-o {out}: there is no folder {out.parent}; make it first, or name another")
+    program = [*find_executor(), "run", str(path), "--steps", str(options.steps), "--warmup", str(options.warmup)]
+    program += ["-o", str(out)]
+    for flag, text in (("--data", options.data), ("--device", options.device)):
+        program += [flag, text] if text is not None else []
+    prediction = _prediction(plan, path, options)
+    steps = options.steps + options.warmup
+    say(
+        f"{steps} steps on {plan.mesh.world_size} ranks: about {seconds_text(prediction.step_seconds * steps)} and the "
+        f"start of the ranks, by the prediction for {prediction.machine.name}"
+    )
+    status = _launch(program, plan.mesh.world_size, plan.training.threads_per_rank, out)
+    if status:
+        return Answer(lambda: {"status": status}, str, status)
+    comparison = compare(prediction, load_record(out))
+    return Answer(lambda: comparison_document(comparison), lambda: comparison_view(comparison))
+
+
+def _prediction(plan: Plan, path: Path, options: RunOptions) -> Prediction:
+    """The prediction beside the plan, if it is of this plan and no machine is named; else a new one."""
+    beside = path.with_name("predicted.json")
+    if options.machine is None and beside.is_file():
+        with suppress(MeshwrightError):
+            found = load_prediction(beside)
+            if found.plan_hash == plan.hash:
+                say(f"prediction: {beside}")
+                return found
+    choice = machine_choice(options)
+    say(choice.sentence)
+    return predict(plan, choice.machine)
+
+
+def _launch(program: list[str], ranks: int, threads_per_rank: int, out: Path) -> int:
+    """Start mpirun; return its status as ours: the user's error, our own, or an interruption."""
+    command = launch_command(
+        find_launcher(), ranks, program, threads_per_rank=threads_per_rank, cores=usable_cores(), root=is_root()
+    )
+    say(" ".join(command))
+    status = launch(command, launch_environment(threads_per_rank), stdout=sys.stderr)
+    if status:
+        out.with_name(f".{out.name}.writing").unlink(missing_ok=True)
+        say(
+            "planner: the run was ended; nothing was written"
+            if status == INTERRUPTED
+            else f"planner: mpirun exited with status {status}"
+        )
+    return status if status in (0, 2, INTERRUPTED) else INTERNAL_ERROR
+
+
+def profile_machine(options: ProfileOptions) -> Answer:
+    """Measure this machine and write its profile where predictions look for it."""
+    cores = usable_cores()
+    ranks = max(2, cores) if options.workers is None else options.workers
+    if ranks < 1:
+        raise PlanError(f"--workers {ranks} is too few; use at least 1")
+    out = user_profile_path() if options.out is None else Path(options.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make {out.parent}: {error.strerror}; choose a writable file with -o") from None
+    program = [*find_executor(), "profile", "-o", str(out), *(["--quick"] if options.quick else [])]
+    say(f"measuring this machine with {ranks} ranks: {'at most 15 s' if options.quick else 'up to a minute'}")
+    status = _launch(program, ranks, 1, out)
+    if status:
+        return Answer(lambda: {"status": status}, str, status)
+    machine = load_machine(out)
+    return Answer(lambda: machine_document(machine, str(out)), lambda: machine_view(machine, str(out)))

@@ -1,0 +1,1 @@
+"""What people see: tables, timelines, SVG figures, trace files. Only the command line imports it."""

@@ -1,0 +1,192 @@
+"""The answer of a search: the best plans with where their time goes, why the first won, what was rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from planner.compare import PLACES, breakdown
+from planner.plan import Plan
+from planner.report.tables import new_table
+from planner.report.units import bytes_text, count_text, percent_text, rate_text, seconds_text
+from planner.search import Ranked, Suggestion
+from planner.trace import Prediction
+
+_PLACE_NAMES = {
+    "compute": "compute",
+    "tp": "tp communication",
+    "cp": "cp communication",
+    "dp": "dp communication",
+    "pp": "pp communication",
+    "waiting": "waiting for slower ranks",
+    "bubble": "pipeline bubble",
+    "overhead": "overhead",
+}
+_MATTERS = 0.005  # differences below this share of the step are not told
+_SHOWN = 0.0005  # places that take less than this share in every plan have no column
+_TIE = 1e-3  # as are differences of the steps themselves
+
+
+def suggestion_document(found: Suggestion) -> dict[str, Any]:
+    """Return the suggestion as JSON: the contract of `planner suggest --json`."""
+    return {
+        "candidates": found.candidates,
+        "feasible": found.feasible,
+        "replayed": found.replayed,
+        "seconds": found.seconds,
+        "plans": [_plan_document(rank, each) for rank, each in enumerate(found.plans, 1)],
+        "rejected": [{"reason": each.reason, "count": each.count} for each in found.rejected],
+        "notes": found.notes,
+    }
+
+
+def _plan_document(rank: int, ranked: Ranked) -> dict[str, Any]:
+    plan, prediction = ranked.plan, ranked.prediction
+    return {
+        "rank": rank,
+        "mesh": {axis: plan.mesh.size(axis) for axis in ("dp", "tp", "pp", "cp")},
+        "schedule": plan.schedule.name,
+        "num_model_chunks": plan.schedule.num_model_chunks,
+        "micro_batch_size": plan.micro_batch_size,
+        "num_micro_batches": num_micro_batches(plan),
+        "recompute": plan.recompute,
+        "zero_stage": plan.zero_stage,
+        "sequence_parallel": plan.sequence_parallel,
+        "cp_kind": plan.cp_kind,
+        "attention": plan.attention,
+        "stage_layers": list(plan.stage_layers),
+        "plan_hash": prediction.plan_hash,
+        "step_seconds": prediction.step_seconds,
+        "low_seconds": prediction.low_seconds,
+        "high_seconds": prediction.high_seconds,
+        "tokens_per_second": prediction.tokens_per_second,
+        "mfu": prediction.mfu,
+        "bubble_fraction": prediction.bubble_fraction,
+        "exposed_communication_seconds": prediction.exposed_communication_seconds,
+        "peak_bytes": max(prediction.peak_bytes),
+        "breakdown_seconds": breakdown(prediction),
+    }
+
+
+def num_micro_batches(plan: Plan) -> int:
+    """Return the micro-batches of the replica that has most."""
+    return max(len(plan.micro_batches(replica)) for replica in range(plan.mesh.dp))
+
+
+def mesh_text(plan: Plan) -> str:
+    """Return the axes that have more than one rank, as `dp=2 tp=4`."""
+    axes = [f"{axis}={plan.mesh.size(axis)}" for axis in ("dp", "tp", "pp", "cp") if plan.mesh.size(axis) > 1]
+    return " ".join(axes) or "one rank"
+
+
+def choices_text(plan: Plan) -> str:
+    """Return the choices of a plan that differ from the plain ones."""
+    words = []
+    if plan.mesh.pp > 1:
+        chunks = plan.schedule.num_model_chunks
+        words.append(plan.schedule.name + (f" v={chunks}" if chunks > 1 else ""))
+    if plan.zero_stage:
+        words.append(f"zero={plan.zero_stage}")
+    if plan.sequence_parallel:
+        words.append("seq-parallel")
+    if plan.mesh.cp > 1:
+        words.append(plan.cp_kind)
+    if plan.recompute != "none":
+        words.append(f"recompute={plan.recompute}")
+    if plan.attention != "plain":
+        words.append(f"{plan.attention} attention")
+    if plan.forward_only:
+        words.append("forward only")
+    return ", ".join(words) or "–"
+
+
+def suggestion_view(found: Suggestion, *, explain: bool) -> RenderableType:
+    """Return the tables and sentences of a suggestion."""
+    parts: list[RenderableType] = [_table(found), Text()]
+    parts += [Text(sentence) for sentence in reasons(found)]
+    if found.rejected:
+        total = sum(each.count for each in found.rejected)
+        parts.append(Text(f"rejected {count_text(total)}:"))
+        parts += [Text(f"  {count_text(each.count):>9}  {each.reason}") for each in found.rejected]
+    parts += [Text(f"note: {note}") for note in found.notes]
+    if explain:
+        parts += [Text(sentence) for sentence in bounds(found.plans[0].prediction)]
+    return Group(*parts)
+
+
+def _table(found: Suggestion) -> Table:
+    title = (
+        f"best {len(found.plans)} of {count_text(found.candidates)} candidates; {count_text(found.feasible)} fit, "
+        f"{count_text(found.replayed)} replayed, {seconds_text(found.seconds)}"
+    )
+    table = new_table(title)
+    shares = [_shares(each.prediction) for each in found.plans]
+    shown = [place for place in PLACES if any(share[place] >= _SHOWN for share in shares)]
+    table.add_column("#", justify="right")
+    table.add_column("plan", min_width=22)
+    table.add_column("micro×m", justify="right", no_wrap=True)
+    for name in ("step", "tokens/s", "MFU", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for place in shown:
+        table.add_column({"waiting": "wait", "overhead": "other"}.get(place, place), justify="right", no_wrap=True)
+    for rank, (each, share) in enumerate(zip(found.plans, shares, strict=True), 1):
+        plan, prediction = each.plan, each.prediction
+        table.add_row(
+            str(rank),
+            mesh_text(plan) + (f", {choices}" if (choices := choices_text(plan)) != "–" else ""),
+            f"{plan.micro_batch_size}×{num_micro_batches(plan)}",
+            seconds_text(prediction.step_seconds),
+            rate_text(prediction.tokens_per_second),
+            percent_text(prediction.mfu),
+            bytes_text(max(prediction.peak_bytes)),
+            *(percent_text(share[place]) for place in shown),
+            style="bold" if rank == 1 else "",
+        )
+    return table
+
+
+def _shares(prediction: Prediction) -> dict[str, float]:
+    return {place: seconds / prediction.step_seconds for place, seconds in breakdown(prediction).items()}
+
+
+def reasons(found: Suggestion) -> Iterator[str]:
+    """Yield why the first plan won over the runner-up."""
+    if len(found.plans) < 2:
+        yield "Only one plan was found that can be carried out and fits."
+        return
+    first, second = found.plans[0], found.plans[1]
+    step, other = first.prediction.step_seconds, second.prediction.step_seconds
+    names = f"#1 ({mesh_text(first.plan)}) over #2 ({mesh_text(second.plan)})"
+    if other - step < _TIE * step:
+        needs, would = (bytes_text(max(each.prediction.peak_bytes)) for each in (first, second))
+        yield f"{names}: a tie in time; #1 needs {needs} of memory a rank, #2 {would}."
+        return
+    ours, theirs = breakdown(first.prediction), breakdown(second.prediction)
+    gains = {place: theirs[place] - ours[place] for place in PLACES}
+    told = sorted((p for p in PLACES if abs(gains[p]) >= _MATTERS * step), key=lambda p: -abs(gains[p]))
+    less = [f"{seconds_text(gains[p])} less {_PLACE_NAMES[p]}" for p in told if gains[p] > 0]
+    more = [f"{seconds_text(-gains[p])} more {_PLACE_NAMES[p]}" for p in told if gains[p] < 0]
+    why = f": {', '.join(less)}" if less else ""
+    though = f", though {', '.join(more)}" if more else ""
+    yield f"{names}: {seconds_text(other - step)} ({percent_text((other - step) / other)}) faster{why}{though}."
+    if other < first.prediction.high_seconds:
+        ties = sum(each.prediction.step_seconds < first.prediction.high_seconds for each in found.plans)
+        low, high = seconds_text(first.prediction.low_seconds), seconds_text(first.prediction.high_seconds)
+        yield f"#1 takes {low} to {high} with 80% confidence; {ties} of the plans shown lie within that."
+
+
+def bounds(prediction: Prediction) -> Iterator[str]:
+    """Yield what bounds a plan: its largest terms, and its memory."""
+    places = breakdown(prediction)
+    step = prediction.step_seconds
+    largest = sorted((place for place in PLACES if places[place] > _MATTERS * step), key=lambda p: -places[p])
+    told = ", ".join(f"{_PLACE_NAMES[p]} {seconds_text(places[p])} ({percent_text(places[p] / step)})" for p in largest)
+    yield f"The step of #1 is {told}."
+    peak = max(range(len(prediction.peak_bytes)), key=prediction.peak_bytes.__getitem__)
+    parts = {part: sizes[peak] for part, sizes in prediction.peak_parts.items() if sizes[peak]}
+    told = ", ".join(f"{part} {bytes_text(size)}" for part, size in sorted(parts.items(), key=lambda each: -each[1]))
+    yield f"Its fullest rank, {peak}, holds {bytes_text(prediction.peak_bytes[peak])}: {told}."
