@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.trace import PARTS
+
 ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
 SLACK = 1.25  # a free block serves a request if it is at most this much larger
-
-PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 
 
 @dataclass(slots=True)

@@ -333,13 +333,10 @@ def _heads(c: Context, task: Task) -> tuple[Ints, Ints, int]:
 def _split_heads_forward(c: Context, m: MicroBatch, task: Task) -> None:
     heads, _, kv_heads = _heads(c, task)
     cos, sin = c.rotary(task)
-    saved = m.arrays[task.writes[3]] if len(task.writes) > 3 else None
-    bias, q_gain, k_gain = (c.value(task, suffix) for suffix in ("split_heads.bias", "q_gain", "k_gain"))
-    if bias is None and q_gain is None and cos is None:
-        return
+    before, rstd = _qk_saved(m, task.writes[3:])
     kernels.split_heads_forward(
-        m.arrays[task.reads[0]], bias, q_gain, k_gain, c.plan.model.norm_epsilon, cos, sin, len(heads), kv_heads,
-        c.plan.model.head_dim, saved,
+        m.arrays[task.reads[0]], c.value(task, "split_heads.bias"), c.value(task, "q_gain"), c.value(task, "k_gain"),
+        c.plan.model.norm_epsilon, cos, sin, len(heads), kv_heads, before, rstd,
     )  # fmt: skip
 
 
@@ -352,14 +349,22 @@ def _split_heads_backward(c: Context, m: MicroBatch, task: Task) -> None:
         if not np.shares_memory(m.arrays[name], packed):
             view[...] = m.arrays[name]
     cos, sin = c.rotary(task)
-    q_gain, k_gain = (c.value(task, suffix) for suffix in ("q_gain", "k_gain"))
-    if cos is None and q_gain is None and not task.gradients:
+    before, rstd = _qk_saved(m, task.reads[3:])
+    if cos is None and not task.gradients:
         return
-    normed, rstd = (m.arrays[name] for name in task.reads[3:5]) if q_gain is not None else (None, None)
     kernels.split_heads_backward(
-        packed, c.gradient(task, "split_heads.bias"), q_gain, k_gain, normed, rstd, cos, sin, len(heads), kv_heads,
-        c.plan.model.head_dim, c.gradient(task, "q_gain"), c.gradient(task, "k_gain"),
+        packed, before, rstd, c.value(task, "q_gain"), c.value(task, "k_gain"), cos, sin, len(heads), kv_heads,
+        c.gradient(task, "split_heads.bias"), c.gradient(task, "q_gain"), c.gradient(task, "k_gain"),
     )  # fmt: skip
+
+
+def _qk_saved(m: MicroBatch, names: tuple[str, ...]) -> tuple[Array | None, Array | None]:
+    """Query and key heads before their norm [T, (heads + kv_heads) d] and 1/deviation [T, heads + kv_heads]."""
+    if not names:
+        return None, None
+    before, rstd = (m.arrays[name] for name in names)
+    seq, batch, heads, width = before.shape
+    return before.reshape(seq * batch, heads * width), _flat(rstd)
 
 
 def _views(packed: Array, heads: int, kv_heads: int, width: int) -> tuple[Array, Array, Array]:
@@ -403,7 +408,8 @@ def _masking(c: Context, m: MicroBatch, task: Task, k_positions: Ints | None = N
 
 def _by_head(c: Context, array: Array) -> Array:
     """Columns [S, B, heads·d] seen as [S, B, heads, d]."""
-    return array.reshape(*array.shape[:2], -1, c.plan.model.head_dim)
+    width = c.plan.model.head_dim
+    return array.reshape(*array.shape[:2], array.shape[-1] // width, width)
 
 
 @binding("attention_plain.forward")
@@ -450,10 +456,11 @@ def _block_positions(c: Context, task: Task) -> Ints:
 def _step_forward(c: Context, m: MicroBatch, task: Task) -> None:
     q, k, v = (m.arrays[name] for name in task.reads[:3])
     out, running_max, running_sum = (m.arrays[name] for name in task.writes)
+    accumulator = _by_head(c, out)
     if task.attributes["step"] == 0:
-        out[...], running_max[...], running_sum[...] = 0, -np.inf, 0
+        kernels.block_attention_start(accumulator, running_max, running_sum)
     kernels.block_attention_step(
-        q, k, v, **_masking(c, m, task, _block_positions(c, task)), accumulator=_by_head(c, out),
+        q, k, v, **_masking(c, m, task, _block_positions(c, task)), out_accumulator=accumulator,
         running_max=running_max, running_sum=running_sum,
     )  # fmt: skip
 

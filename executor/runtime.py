@@ -37,11 +37,16 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one training step gave on this rank; the loss and gradient norm are the global ones."""
+    """What one training step gave on this rank; the loss and gradient norm are the global ones.
+
+    `started` is the reading of this rank's clock (perf_counter) at the step's beginning.
+    """
 
     loss: float
     gradient_norm: float
+    started: float
     seconds: float
+    spans: list[Span]
 
 
 REDISTRIBUTIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "slice", "ring_shift")
@@ -91,7 +96,7 @@ class Runtime:
         context, transfers = self.context, self.transfers
         context.step, context.loss = step, 0.0
         context.loss_scale = self.batches.loss_scale(step)
-        self.spans.clear()
+        self.spans = []
         for unit in self.units.values():
             unit.begin_step()
         started = perf_counter()
@@ -107,7 +112,8 @@ class Runtime:
             if transfers.pending or transfers.reductions:
                 transfers.progress()
         transfers.finish()
-        return StepResult(transfers.loss, transfers.gradient_norm, perf_counter() - started)
+        seconds = perf_counter() - started
+        return StepResult(transfers.loss, transfers.gradient_norm, started, seconds, self.spans)
 
     def _run(self, part: Step, task: Task) -> None:
         kind = task.kind
@@ -137,8 +143,7 @@ class Runtime:
         if key not in self.micro_batches:
             start, stop = self._first[part.micro_batch], self._first[part.micro_batch + 1]
             self.micro_batches[key] = MicroBatch(self._samples[start:stop], stop - start)
-        m = self.micro_batches[key]
-        return m
+        return self.micro_batches[key]
 
     def _load(self, part: Step, m: MicroBatch) -> None:
         """The data of the stages that read it: ids at the embedding, targets and weights at the loss."""

@@ -102,6 +102,19 @@ class UnitState:
         self.touched.add(name)
         return self.view(self.gradient, self.slots[name]), held
 
+    def complete_gradient(self) -> Array:
+        """The whole gradient, ready to be reduced: zero where no task has added to it since the last reduction.
+
+        A backward pass that is split in two leaves some of a unit's gradients at I and the others at W, which need not
+        fall between the same two reductions.
+        """
+        for name in self.slots:
+            gradient, held = self.gradient_of(name)
+            if not held:
+                gradient[...] = 0
+        assert self.gradient is not None, f"{self.unit.block} has no parameters to reduce"
+        return self.gradient
+
     def begin_step(self) -> None:
         """Forget the last step's gradients."""
         self.touched.clear()

@@ -8,7 +8,9 @@ other (`Group.arrive`), so that waiting for a slower rank and moving bytes are r
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,7 @@ class Transfers:
     loss: float = 0.0
     gradient_norm: float = 0.0
     _groups: dict[str, Group] = field(default_factory=dict)
+    _rooms: dict[tuple[str, np.dtype[Any]], Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Make all groups now, in the same order on every rank."""
@@ -101,6 +104,22 @@ class Transfers:
             one.request.wait()
         self.progress()
 
+    def _room(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An uninitialised array for the length of one transfer; its memory is kept for the next of the same use."""
+        size = math.prod(shape)
+        room = self._rooms.get((use, dtype))
+        if room is None or room.size < size:
+            room = self._rooms[use, dtype] = np.empty(size, dtype)
+        return room[:size].reshape(shape)
+
+    def _packed(self, use: str, array: Array) -> Array:
+        """The array itself if it is contiguous, as MPI needs it; otherwise a copy in a room."""
+        if array.flags.c_contiguous:
+            return array
+        copy = self._room(use, array.shape, array.dtype)
+        copy[...] = array
+        return copy
+
     # ---- redistributions of tensors ----------------------------------------------------------------------------------
 
     def all_reduce(self, m: MicroBatch, task: Task) -> None:
@@ -122,8 +141,8 @@ class Transfers:
             self.arrive(group)
             group.all_gather(None, target, counts, algorithm=algorithm, key=task.key)
             return
-        front = np.ascontiguousarray(np.moveaxis(source, dim, 0))
-        whole = np.empty((sum(extents), *front.shape[1:]), front.dtype)
+        front = self._packed("sent", np.moveaxis(source, dim, 0))
+        whole = self._room("received", (sum(extents), *front.shape[1:]), front.dtype)
         self.arrive(group)
         group.all_gather(front, whole, _counts(extents, front), algorithm=algorithm, key=task.key)
         target[...] = np.moveaxis(whole, 0, dim)
@@ -133,8 +152,8 @@ class Transfers:
         group, (source, target) = self.group(task), (m.arrays[task.reads[0]], m.arrays[task.writes[0]])
         dim, extents = task.attributes["target"]
         algorithm = self.algorithm(group, "reduce_scatter")
-        front = np.ascontiguousarray(np.moveaxis(source, dim, 0))
-        part = target if dim == 0 else np.empty((extents[group.rank], *front.shape[1:]), front.dtype)
+        front = self._packed("sent", np.moveaxis(source, dim, 0))
+        part = target if dim == 0 else self._room("received", (extents[group.rank], *front.shape[1:]), front.dtype)
         self.arrive(group)
         group.reduce_scatter(front, part, _counts(extents, front), algorithm=algorithm, key=task.key)
         if dim:
@@ -146,14 +165,16 @@ class Transfers:
         gathered, held = task.attributes["source"]  # the dimension that becomes whole, and every peer's part of it
         split, wanted = task.attributes["target"]  # the dimension that is cut, and what every peer gets of it
         pieces = np.split(source, offsets(wanted)[1:-1], axis=split)
-        send = np.concatenate([piece.reshape(-1) for piece in pieces])
+        send = self._room("sent", (source.size,), source.dtype)
+        for piece, room in zip(pieces, np.split(send, offsets([p.size for p in pieces])[1:-1]), strict=True):
+            room.reshape(piece.shape)[...] = piece
         shapes = []
         for extent in held:
             shape = list(target.shape)
             shape[gathered] = extent
             shapes.append(tuple(shape))
         counts = [math.prod(shape) for shape in shapes]
-        received = np.empty(sum(counts), source.dtype)
+        received = self._room("received", (sum(counts),), source.dtype)
         self.arrive(group)
         group.all_to_all(
             send, received, [piece.size for piece in pieces], counts,
@@ -177,7 +198,7 @@ class Transfers:
         self.wait_seconds = 0.0
         requests = []
         for tag, (sent, received) in enumerate(zip(task.reads, task.writes, strict=True)):
-            block = np.ascontiguousarray(m.arrays[sent])
+            block = self._packed(f"sent {tag}", m.arrays[sent])
             requests.append(group.iring_shift(block, m.arrays[received], 1, tag, key=task.key))
         for request in requests:
             request.wait()
@@ -206,17 +227,18 @@ class Transfers:
 
     def receive(self, slot: tuple[int, int, str]) -> None:
         """Wait for a posted receive, letting other messages move meanwhile."""
-        request = self.received.pop(slot)
+        request, begun = self.received.pop(slot), perf_counter()
         while not request.test():
             self.progress()
+            os.sched_yield()  # the sender may be waiting for this very core
+        self.wait_seconds = perf_counter() - begun
 
     # ---- gradients and parameters ------------------------------------------------------------------------------------
 
     def gradient_sum(self, task: Task) -> None:
         """Gradients that the tensor axis holds in parts (norms under sequence parallelism)."""
         unit, group = self.units[task.name], self.group(task)
-        assert unit.gradient is not None
-        region = unit.gradient[unit.unit.partial_offset :]
+        region = unit.complete_gradient()[unit.unit.partial_offset :]
         self.arrive(group)
         group.all_reduce(region, algorithm=self.algorithm(group, "all_reduce"), key=task.key)
 
@@ -229,12 +251,13 @@ class Transfers:
             found = [name for name in unit.slots if name.endswith(suffix)]
             if not found:
                 continue
-            local = unit.view(unit.gradient, unit.slots[found[0]])
+            local = unit.view(unit.complete_gradient(), unit.slots[found[0]])
             local = local.reshape(-1, local.shape[-1])
             half = mine.stop - mine.start
             keys = local[:, -2 * half : -half]
             values = local[:, -half:]
-            everyone = np.zeros((local.shape[0], 2, width), local.dtype)
+            everyone = self._room("sent", (local.shape[0], 2, width), local.dtype)
+            everyone[...] = 0
             everyone[:, 0, mine], everyone[:, 1, mine] = keys, values
             self.arrive(group)
             group.all_reduce(everyone, algorithm=self.algorithm(group, "all_reduce"), key=task.key)
@@ -245,30 +268,30 @@ class Transfers:
         group = self.group(task)
         unit = next(unit for unit in self.units.values() if TIED in unit.slots)
         self.arrive(group)
-        gradient = unit.view(unit.gradient, unit.slots[TIED])
+        gradient = unit.view(unit.complete_gradient(), unit.slots[TIED])
         group.all_reduce(gradient, algorithm=self.algorithm(group, "all_reduce"), key=task.key)
 
     def gradient_all_reduce(self, task: Task) -> None:
         """Data parallel: sum a unit's gradients over replicas."""
         unit, group = self.units[task.name], self.group(task)
-        assert unit.gradient is not None
+        gradient = unit.complete_gradient()
         self.arrive(group)
-        group.all_reduce(unit.gradient, algorithm=self.algorithm(group, "all_reduce"), key=task.key)
+        group.all_reduce(gradient, algorithm=self.algorithm(group, "all_reduce"), key=task.key)
         unit.finish_gradient()
 
     def gradient_start(self, task: Task) -> None:
         """The same, started while the backward pass goes on."""
         unit, group = self.units[task.name], self.group(task)
-        assert unit.gradient is not None
+        gradient = unit.complete_gradient()
         if self.context.plan.zero_stage:
             assert unit.gradient_shard is not None
             self.reductions[task.name] = group.ireduce_scatter(
-                unit.gradient, unit.gradient_shard, unit.unit.shard_sizes,
+                gradient, unit.gradient_shard, unit.unit.shard_sizes,
                 algorithm=self.algorithm(group, "reduce_scatter"), key=task.key,
             )  # fmt: skip
         else:
             self.reductions[task.name] = group.iall_reduce(
-                unit.gradient, algorithm=self.algorithm(group, "all_reduce"), key=task.key
+                gradient, algorithm=self.algorithm(group, "all_reduce"), key=task.key
             )
 
     def gradient_wait(self, task: Task) -> None:
@@ -280,16 +303,16 @@ class Transfers:
     def gradient_reduce_scatter(self, task: Task) -> None:
         """ZeRO (Rajbhandari et al. 2020): each rank keeps the sum of its own shard, over micro-batches too."""
         unit, group = self.units[task.name], self.group(task)
-        assert unit.gradient is not None
         assert unit.gradient_shard is not None
+        gradient = unit.complete_gradient()
         repeated = task.phase != "U"
         held = repeated and unit.holds_shard
         block, part = self.arena.array((unit.owned,), unit.dtype, "buffers") if held else (None, unit.gradient_shard)
         self.arrive(group)
         algorithm = self.algorithm(group, "reduce_scatter")
-        group.reduce_scatter(unit.gradient, part, unit.unit.shard_sizes, algorithm=algorithm, key=task.key)
+        group.reduce_scatter(gradient, part, unit.unit.shard_sizes, algorithm=algorithm, key=task.key)
         if block is not None:
-            unit.gradient_shard += part
+            np.add(unit.gradient_shard, part, out=unit.gradient_shard)
             self.arena.release(block)
         unit.holds_shard = repeated
         unit.finish_gradient()

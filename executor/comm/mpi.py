@@ -95,12 +95,22 @@ class MpiChannel:
 
     Args:
         comm: an intracommunicator of the group's members, in the group's order.
+        crowded: whether ranks outnumber cores. MPI libraries wait by spinning, which then takes the core from the very
+            rank that is waited for; so collectives are started and polled, giving the core away in between.
     """
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, *, crowded: bool = False) -> None:
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self._comm = comm
+        self._crowded = crowded
+
+    def _end(self, request: Request, *, blocking: bool) -> Request:
+        """Carry a started collective to its end if the caller asked for a blocking one."""
+        if blocking:
+            while not request.test():
+                os.sched_yield()
+        return request
 
     def isend(self, buffer: Array, peer: int, tag: int, *, synchronous: bool) -> Request:
         """Start a send."""
@@ -112,52 +122,57 @@ class MpiChannel:
 
     def all_reduce(self, buffer: Array, op: ReduceOp, *, blocking: bool) -> Request:
         """Reduce in place."""
-        if blocking:
+        if blocking and not self._crowded:
             self._comm.Allreduce(MPI.IN_PLACE, buffer, _OPS[op])
             return DONE
-        return _Started(self._comm.Iallreduce(MPI.IN_PLACE, buffer, _OPS[op]), buffer)
+        return self._end(_Started(self._comm.Iallreduce(MPI.IN_PLACE, buffer, _OPS[op]), buffer), blocking=blocking)
 
     def all_gather(self, send: Array | None, recv: Array, counts: Sequence[int], *, blocking: bool) -> Request:
         """Concatenate parts; equal parts by the fixed-size call, which libraries tune better."""
         source: Any = MPI.IN_PLACE if send is None else send
         if min(counts) == max(counts):
-            if blocking:
+            if blocking and not self._crowded:
                 self._comm.Allgather(source, recv)
                 return DONE
-            return _Started(self._comm.Iallgather(source, recv), send, recv)
-        if blocking:
+            return self._end(_Started(self._comm.Iallgather(source, recv), send, recv), blocking=blocking)
+        if blocking and not self._crowded:
             self._comm.Allgatherv(source, (recv, counts))
             return DONE
-        return _Started(self._comm.Iallgatherv(source, (recv, counts)), send, recv)
+        return self._end(_Started(self._comm.Iallgatherv(source, (recv, counts)), send, recv), blocking=blocking)
 
     def reduce_scatter(
         self, send: Array, recv: Array, counts: Sequence[int], op: ReduceOp, *, blocking: bool
     ) -> Request:
         """Reduce and keep one part; never by Reduce_scatter_block, 9 times slower than all-reduce in Open MPI 5."""
-        if blocking:
+        if blocking and not self._crowded:
             self._comm.Reduce_scatter(send, recv, counts, _OPS[op])
             return DONE
-        return _Started(self._comm.Ireduce_scatter(send, recv, counts, _OPS[op]), send, recv)
+        started = self._comm.Ireduce_scatter(send, recv, counts, _OPS[op])
+        return self._end(_Started(started, send, recv), blocking=blocking)
 
     def all_to_all(
         self, send: Array, recv: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, blocking: bool
     ) -> Request:
         """Exchange parts."""
-        if blocking:
+        if blocking and not self._crowded:
             self._comm.Alltoallv((send, send_counts), (recv, recv_counts))
             return DONE
-        return _Started(self._comm.Ialltoallv((send, send_counts), (recv, recv_counts)), send, recv)
+        started = self._comm.Ialltoallv((send, send_counts), (recv, recv_counts))
+        return self._end(_Started(started, send, recv), blocking=blocking)
 
     def broadcast(self, buffer: Array, root: int, *, blocking: bool) -> Request:
         """Copy the root's buffer."""
-        if blocking:
+        if blocking and not self._crowded:
             self._comm.Bcast(buffer, root)
             return DONE
-        return _Started(self._comm.Ibcast(buffer, root), buffer)
+        return self._end(_Started(self._comm.Ibcast(buffer, root), buffer), blocking=blocking)
 
     def barrier(self) -> None:
         """Meet the other ranks."""
-        self._comm.Barrier()
+        if self._crowded:
+            self._end(_Started(self._comm.Ibarrier()), blocking=True)
+        else:
+            self._comm.Barrier()
 
 
 class MpiTransport:
@@ -171,6 +186,9 @@ class MpiTransport:
         world = MPI.COMM_WORLD
         self.rank = world.Get_rank()
         self.size = world.Get_size()
+        on_host = world.Split_type(MPI.COMM_TYPE_SHARED)
+        self._crowded = on_host.Get_size() > (os.cpu_count() or 1)
+        on_host.Free()
         largest_tag = world.Get_attr(MPI.TAG_UB)
         if largest_tag is None or largest_tag < MAX_TAG:
             raise CommunicationError(f"this MPI library allows tags up to {largest_tag}; {MAX_TAG} are needed")
@@ -181,7 +199,7 @@ class MpiTransport:
         group = world.Get_group().Incl(list(ranks))
         # The tag keeps apart groups that are made at the same time by different members.
         tag = zlib.crc32(repr((axis, ranks)).encode()) % 32768
-        return MpiChannel(world.Create_group(group, tag))
+        return MpiChannel(world.Create_group(group, tag), crowded=self._crowded)
 
 
 def mpi_communicator(

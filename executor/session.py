@@ -1,0 +1,185 @@
+"""A run of a plan on one rank: is it possible here, set up, train step by step, measure."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from time import sleep
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import threadpoolctl
+
+from executor import kernels
+from executor.comm import Communicator, hash_replicated
+from executor.data import Batches
+from executor.measure import Recorder, gemm_flops_per_second
+from executor.runtime import Runtime, StepResult
+from planner.errors import DataError, PlanError
+from planner.plan import Plan
+from planner.trace import Measurement
+
+Device = Literal["cpu", "cuda"]
+
+_READY_TAG = 1
+
+
+class Progress(Protocol):
+    """Who is told of each step; only rank 0 has one."""
+
+    def step(self, number: int, result: StepResult, *, timed: bool) -> None:
+        """A step has ended; warm-up steps are not timed."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line adds to a plan.
+
+    Attributes:
+        steps: timed steps.
+        warmup: steps before them: allocations, first touches, compilation.
+        data: None for the default text, "synthetic", or a file.
+        paranoid: also compare replicated parameters across ranks after every step.
+    """
+
+    steps: int = 10
+    warmup: int = 2
+    data: str | None = None
+    paranoid: bool = False
+
+
+def require_device(device: Device) -> None:
+    """Refuse a device that this process cannot compute on.
+
+    Raises:
+        DataError: CUDA was asked for.
+    """
+    if device == "cuda":
+        reason = (
+            "this version has no CUDA kernels"
+            if importlib.util.find_spec("cupy")
+            else "CuPy (meshwright's gpu extra) is not installed"
+        )
+        raise DataError(f"device cuda is not available: {reason}; use --device cpu")
+
+
+def require_runnable(plan: Plan, comm: Communicator) -> None:
+    """Refuse a plan that these ranks cannot carry out.
+
+    Raises:
+        PlanError: another number of ranks than the plan's, or a precision that CPUs do not compute in.
+    """
+    needed = plan.mesh.world_size
+    if comm.size != needed:
+        mesh = plan.mesh
+        raise PlanError(
+            f"the plan is for {needed} ranks (pp={mesh.pp}, dp={mesh.dp}, cp={mesh.cp}, tp={mesh.tp}) and {comm.size} "
+            f"started; use mpirun -n {needed}, or make a plan for {comm.size} workers"
+        )
+    if plan.training.precision not in ("float32", "float64"):
+        raise PlanError(
+            f"precision {plan.training.precision} is not computed on CPUs; plan with --precision float32 or float64"
+        )
+
+
+def set_threads(plan: Plan) -> None:
+    """Give every numerical library loaded so far the plan's number of threads."""
+    threadpoolctl.threadpool_limits(plan.training.threads_per_rank)
+
+
+def run(plan: Plan, comm: Communicator, options: RunOptions, progress: Progress | None) -> Measurement | None:
+    """Train (or evaluate) and measure; collective, the measurement is rank 0's.
+
+    Raises:
+        PlanError: see `require_runnable`.
+        DataError: the data cannot be read.
+    """
+    require_runnable(plan, comm)
+    set_threads(plan)
+    dtype = np.dtype(plan.training.precision)
+    batches = Batches(options.data, plan.model, plan.global_batch_size, plan.training.seed)
+    recorder = Recorder(plan, comm)
+    runtime = Runtime(plan, comm, batches, dtype)
+    peak = _peak_of_one_rank(comm, dtype)
+    for number in range(options.warmup + options.steps):
+        result = runtime.run_step(number)
+        timed = number >= options.warmup
+        recorder.add(result, timed=timed)
+        if options.paranoid:
+            hash_replicas(runtime)
+        if progress is not None:
+            progress.step(number, result, timed=timed)
+    return recorder.finish(runtime.arena, peak, _notes(plan, comm, options))
+
+
+def _peak_of_one_rank(comm: Communicator, dtype: np.dtype[Any]) -> float:
+    """Rank 0's GEMM rate while the others sleep: ranks that spin in MPI would take its cores."""
+    comm.world.barrier()
+    word = np.zeros(1)
+    if comm.rank == 0:
+        rate = gemm_flops_per_second(dtype)
+        for peer in range(1, comm.size):
+            comm.world.isend(word, peer, _READY_TAG, key="ready", synchronous=False).wait()
+        return rate
+    request = comm.world.irecv(word, 0, _READY_TAG, key="ready")
+    while not request.test():
+        sleep(2e-3)
+    return 0.0
+
+
+def hash_replicas(runtime: Runtime) -> None:
+    """Compare every replicated parameter across the ranks that hold it, bit for bit.
+
+    Raises:
+        CommunicationError: a replica differs; names the odd rank.
+    """
+    mesh, at, comm = runtime.plan.mesh, runtime.at, runtime.comm
+    data = comm.group(mesh.group("data", at), "data")
+    tensor = comm.group(mesh.group("tp", at), "tp")
+    for unit in runtime.units.values():
+        if unit.whole is None:
+            continue
+        if data.size > 1:
+            hash_replicated(unit.whole, data, unit.unit.block)
+        for slot in unit.unit.slots:
+            if slot.replicated_tp:
+                hash_replicated(unit.view(unit.whole, slot), tensor, slot.parameter.name)
+
+
+def _notes(plan: Plan, comm: Communicator, options: RunOptions) -> dict[str, Any]:
+    """What the environment of a measurement says beyond the machine's own description."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    here = ranks_on_host(comm)
+    threads = here * plan.training.threads_per_rank
+    return {
+        "ranks": comm.size,
+        "ranks_on_host": here,
+        "threads_per_rank": plan.training.threads_per_rank,
+        # Bound ranks each see their own cores only, so the machine's count is the one to compare with.
+        "oversubscribed": threads > (os.cpu_count() or usable),
+        "kernels": "fused" if kernels.FUSED else "reference",
+        "data": options.data or "default text",
+        "paranoid": options.paranoid,
+    }
+
+
+def ranks_on_host(comm: Communicator) -> int:
+    """How many ranks share this rank's host; collective."""
+    words = comm.world.gather_words(zlib.crc32(platform.node().encode()))
+    return words.count(words[comm.rank])
+
+
+def require_writable(comm: Communicator, output: Path) -> None:
+    """Refuse an output file that rank 0 could not write when the run is over; collective, all ranks refuse.
+
+    Raises:
+        DataError: its folder is missing or read-only, or it is a folder.
+    """
+    folder = output.parent
+    possible = not output.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
+    if not comm.world.gather_words(possible)[0]:
+        raise DataError(f"cannot write {output}: {folder} is no writable folder; choose another file with -o")
