@@ -8,6 +8,7 @@ from planner.machine.figures import (
     Algorithm,
     Collective,
     Device,
+    Framework,
     GemmCurve,
     GemmTile,
     Host,
@@ -22,8 +23,10 @@ from planner.machine.figures import (
     Precision,
     Residuals,
 )
+from planner.machine.measured import AttentionFigures, GemmForm, GemmSample
 from planner.machine.profile import (
     GENERIC_PROFILE,
+    base_profile,
     dump_machine,
     load_machine,
     machine_names,
@@ -33,10 +36,14 @@ from planner.machine.profile import (
 
 __all__ = [
     "Algorithm",
+    "AttentionFigures",
     "Collective",
     "Device",
+    "Framework",
     "GENERIC_PROFILE",
     "GemmCurve",
+    "GemmForm",
+    "GemmSample",
     "GemmTile",
     "Host",
     "KernelFigures",
@@ -49,6 +56,7 @@ __all__ = [
     "Overheads",
     "Precision",
     "Residuals",
+    "base_profile",
     "dump_machine",
     "load_machine",
     "machine_names",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 import msgspec
 
 from planner.errors import MachineError
+from planner.machine.measured import AttentionFigures, GemmSample
 
 Precision: TypeAlias = Literal["float64", "float32", "tf32", "float16", "bfloat16", "fp8"]
 Collective: TypeAlias = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
@@ -59,7 +60,9 @@ class KernelFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Cost of one kind of memory-bound kernel: the larger of arithmetic and traffic, plus the call.
 
     `seconds_per_element` is for float32 and scales with the element size; `seconds_per_byte`, where measured, replaces
-    the device's bandwidth; `calls` counts the launches that one operator of the kind makes.
+    the device's bandwidth; `calls` counts the launches that one operator of the kind makes. `regimes`, where measured,
+    replace all of these: seconds of a whole task by the bytes it moves. `concurrent_slowdown` is what they gain when as
+    many ranks are at work as there are cores.
     """
 
     seconds_per_element: NonNegative = 0.0
@@ -67,6 +70,8 @@ class KernelFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     bandwidth_fraction: Fraction = 1.0
     call_seconds: NonNegative | None = None
     calls: Count = 1
+    regimes: tuple[MeasuredRegime, ...] = ()
+    concurrent_slowdown: Slowdown = 1.0
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +86,9 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kind: Literal["gpu", "cpu"]
     peak_flops_per_second: dict[Precision, Positive]
     gemm: dict[str, GemmCurve]
+    batched_gemm: GemmCurve | None = None  # of plain attention's products; None: as all others
+    gemm_samples: tuple[GemmSample, ...] = ()  # what the curve's error is interpolated from
+    attention: dict[str, AttentionFigures] = {}  # by task kind, such as attention_plain_backward
     attention_fraction: dict[str, Fraction] = {}
     attention_backward_fraction: dict[str, Fraction] = {}
     memory_bytes: Positive
@@ -112,6 +120,26 @@ class Overheads(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     overlap_fraction: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0  # of a collective that can hide behind compute
 
 
+class Framework(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the training program on this cluster stores its state and passes messages; by default as our executor does.
+
+    The bytes are per parameter, in mixed precision (16 bits or fp8): Megatron-LM keeps 2 + 2 + 12 or 2 + 4 + 12
+    (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). `scattered_messages` splits a pipeline message over the
+    tensor axis and gathers it on the other host (Narayanan et al. 2021, section 4.1). `blocking_messages` are waited
+    for on the compute stream, so that nothing hides them.
+    """
+
+    provenance: Provenance = "the executor of this distribution"
+    parameter_bytes: Positive | None = None
+    gradient_bytes: Positive | None = None
+    optimizer_bytes: Positive | None = None  # moments and master parameters
+    accumulated_gradient_bytes: dict[Precision, NonNegative] = {}  # kept beside the gradients to sum micro-batches in
+    probability_bytes: Positive | None = None  # per attention probability saved: softmax, dropout mask, dropout
+    logit_bytes: Positive | None = None  # per logit, where the loss is taken in another precision than the layers
+    scattered_messages: bool = False
+    blocking_messages: bool = False
+
+
 class MeasuredRegime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Latency plus bandwidth, valid up to a message size (the last regime has none: it goes on)."""
 
@@ -121,11 +149,15 @@ class MeasuredRegime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class MeasuredCollective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Measured time of one collective (or "send") on one group size, with the algorithm that was timed."""
+    """Measured time of one collective (or "send") on one group size, with the algorithm that was timed.
+
+    `ranks_per_host` says, on a link between hosts, how many of the group sit on each host.
+    """
 
     operation: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"]
     group_size: Annotated[int, msgspec.Meta(ge=2)]
     algorithm: str = "library"
+    ranks_per_host: Count = 1
     regimes: Annotated[tuple[MeasuredRegime, ...], msgspec.Meta(min_length=1)]
 
 
@@ -144,6 +176,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     call_seconds: NonNegative = 0.0
     efficiency: dict[str, Fraction] = {}
     measured: tuple[MeasuredCollective, ...] = ()
+    in_place: dict[str, MeasuredRegime] = {}  # by collective: what a step adds to `measured`, operands being cold
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -156,6 +189,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     memory_bandwidth_bytes_per_second: Positive | None = None
     thread_speedup: tuple[Positive, ...] = (1.0,)  # of a matrix product with 1, 2, ... threads
     oversubscription_slowdown: Slowdown = 1.0  # on top of sharing the cores, when ranks outnumber them
+    concurrent_gemm_slowdown: Slowdown = 1.0  # of a rank's matrix products while all other cores compute too
 
 
 class MemoryOverhead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,6 +200,7 @@ class MemoryOverhead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     communicator_bytes: NonNegative = 0.0  # per process group
     fragmentation_fraction: NonNegative = 0.0  # reserved over allocated, minus one
     workspace_bytes: NonNegative = 0.0  # matrix-multiply workspaces and the like, inside the allocator
+    activation_fraction: Positive = 1.0  # activations that the framework saves, relative to those the program names
 
 
 class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -180,11 +215,16 @@ class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A cluster of equal hosts: its device, its two link tiers, and what the framework costs on it."""
+    """A cluster of equal hosts: its device, its two link tiers, and what the framework costs on it.
+
+    Ranks fill hosts in order. GPU hosts take as many as they have devices, and there are as many hosts as that needs;
+    on CPUs, which take any number, the ranks of a job are split evenly over `hosts`.
+    """
 
     schema: Literal[1] = 1
     name: str
     description: str = ""
+    hosts: Count = 1
     host: Host
     device: Device
     link_in_host: Link
@@ -192,6 +232,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     overheads: Overheads
     memory: MemoryOverhead
     residuals: Residuals
+    framework: Framework = Framework()
     algorithms: dict[str, Algorithm] = {}  # by collective; "default" for the rest
     relative_speeds: tuple[Positive, ...] = ()  # by rank, 1 being this profile's figures; empty: all equal
 
@@ -199,6 +240,12 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def devices_per_host(self) -> int:
         """Ranks that one host takes before work goes to the next host."""
         return self.host.devices
+
+    def ranks_per_host(self, world_size: int) -> int:
+        """Return how many ranks of a job sit on each of its hosts (fewer on the last one, where they do not divide)."""
+        if self.device.kind == "cpu":
+            return -(-world_size // self.hosts)
+        return min(world_size, self.host.devices)
 
     def peak_flops_per_second(self, precision: str) -> float:
         """Return the peak rate of one device in a precision.
@@ -237,7 +284,11 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise MachineError(msg)
         return float(value)
 
-    def with_figures(self, figures: Mapping[str, float | str]) -> Machine:
+    def figure_provenance(self, group: str) -> str:
+        """Return where the figures of a group (device, link_in_host, ...) come from."""
+        return str(getattr(self, group).provenance)
+
+    def with_figures(self, figures: Mapping[str, object]) -> Machine:
         """Return a copy with some figures replaced by dotted path, checked like a file (what fitting uses)."""
         tree = msgspec.to_builtins(self)
         for path, value in figures.items():
@@ -275,6 +326,7 @@ def _check_vocabulary(machine: Machine, where: str) -> None:
         ("device.attention_backward_fraction", device.attention_backward_fraction, precisions),
         ("link_in_host.efficiency", machine.link_in_host.efficiency, operations),
         ("link_between_hosts.efficiency", machine.link_between_hosts.efficiency, operations),
+        ("link_in_host.in_place", machine.link_in_host.in_place, operations),
         ("algorithms", machine.algorithms, operations - {"send"}),
     ]
     for group, table, names in allowed:

@@ -50,17 +50,51 @@ def load_machine(source: str | Path | None = None) -> Machine:
     return check_machine(_read_tree(text, ()), f"machine profile {text}")
 
 
-def dump_machine(machine: Machine, path: str | Path) -> None:
-    """Write a profile as a TOML file that `load_machine` reads back to an equal value."""
+def dump_machine(machine: Machine, path: str | Path, extends: str | None = None) -> None:
+    """Write a profile as a TOML file that `load_machine` reads back to an equal value.
+
+    Args:
+        machine: the profile.
+        path: the file; folders are made.
+        extends: a shipped profile; then only what differs from it is written.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render_machine(machine), encoding="utf-8")
+    target.write_text(render_machine(machine, extends), encoding="utf-8")
 
 
-def render_machine(machine: Machine) -> str:
-    """Return a profile as TOML text."""
+def render_machine(machine: Machine, extends: str | None = None) -> str:
+    """Return a profile as TOML text; with `extends`, what differs from that profile."""
     tree = _without_none(msgspec.to_builtins(machine))
+    if extends is not None:
+        base = _without_none(msgspec.to_builtins(load_machine(extends)))
+        tree = {"extends": extends, "name": tree["name"], **_difference(tree, base)}
     return "\n".join(_toml_table(tree, "")).strip() + "\n"
+
+
+def base_profile(source: str | Path) -> str | None:
+    """Return the profile that a profile's file extends, None where it stands alone.
+
+    Raises:
+        MachineError: no such profile.
+    """
+    load_machine(source)
+    shipped = importlib.resources.files("profiles") / f"{source}.toml"
+    text = shipped.read_text(encoding="utf-8") if shipped.is_file() else Path(source).read_text(encoding="utf-8")
+    return tomllib.loads(text).get("extends")
+
+
+def _difference(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of `tree` that `base` lacks or has otherwise, table by table."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        below = base.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            if inner := _difference(value, below):
+                found[key] = inner
+        elif value != below:
+            found[key] = value
+    return found
 
 
 def _read_tree(source: str, seen: tuple[str, ...]) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""What a measured profile adds to the cost formulas: interpolation, own figures per kernel, fixed algorithms."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+
+from planner import Machine, Mesh, load_machine, make_plan, predict, with_sizes
+from planner.algorithms import fix_collectives, measured_algorithms
+from planner.cost import collective_seconds, gemm_seconds
+from planner.machine import (
+    AttentionFigures,
+    GemmForm,
+    GemmSample,
+    KernelFigures,
+    MeasuredCollective,
+    MeasuredRegime,
+    dump_machine,
+)
+from planner.measured_cost import concurrent_factor, gemm_error, measured_seconds
+from planner.mesh import Coordinate
+from planner.price import Pricer, compute_seconds
+from planner.program import Task, Work, lower
+
+GENERIC = load_machine("cpu-generic")
+FORMS: tuple[GemmForm, ...] = ("forward", "backward_input", "backward_weight")
+SHAPES = [(256, 512, 512), (512, 512, 512), (512, 2048, 512), (1024, 512, 2048)]
+
+
+def regime(latency: float, per_byte: float, end: float | None = None) -> MeasuredRegime:
+    return MeasuredRegime(up_to_bytes=end, latency_seconds=latency, seconds_per_byte=per_byte)
+
+
+def collective(operation: str, algorithm: str, *regimes: MeasuredRegime, size: int = 2) -> MeasuredCollective:
+    return MeasuredCollective(operation=operation, group_size=size, algorithm=algorithm, regimes=regimes)  # type: ignore[arg-type]
+
+
+def machine(factor: float = 1.3, **device: object) -> Machine:
+    """The generic machine with products `factor` times slower than its curve, one norm and attention of its own."""
+    samples = tuple(
+        GemmSample(form=form, m=m, n=n, k=k, seconds=factor * float(gemm_seconds(GENERIC, m, n, k)))
+        for form in FORMS
+        for m, n, k in SHAPES
+    )
+    figures: dict[str, object] = {
+        "gemm_samples": samples,
+        "kernels": {
+            "norm": KernelFigures(regimes=(regime(5e-6, 1e-10, 1e6), regime(1e-5, 2e-10)), concurrent_slowdown=1.5),
+            "gradient_norm": KernelFigures(regimes=(regime(1e-5, 1e-10),)),
+        },
+        "attention": {
+            "attention_plain": AttentionFigures(call_seconds=1e-5, pair_seconds=1e-9, multiply_add_seconds=1e-11),
+            "attention_blocked": AttentionFigures(pair_seconds=1e-9, product_seconds=1e-6),
+        },
+    }
+    changed = msgspec.structs.replace(GENERIC.device, **(figures | device))
+    host = msgspec.structs.replace(GENERIC.host, concurrent_gemm_slowdown=1.2)
+    return msgspec.structs.replace(GENERIC, device=changed, host=host)
+
+
+def test_products_near_samples_take_their_error_and_far_ones_the_formula() -> None:
+    slow = machine(1.3)
+    assert gemm_error(slow, "forward", 512, 512, 512) == pytest.approx(1.3, rel=0.02)
+    assert gemm_error(slow, "backward_weight", 512, 600, 512) == pytest.approx(1.3, rel=0.02)
+    assert gemm_error(slow, "forward", 2**20, 2, 2**16) == pytest.approx(1.0, abs=1e-6)
+    work = Work(m=512, n=512, k=512, elements=512 * 512, bytes=1)
+    alone = float(gemm_seconds(slow, 512, 512, 512))
+    expected = alone * float(gemm_error(slow, "forward", 512, 512, 512)) + slow.overheads.dispatch_seconds
+    assert measured_seconds(slow, "linear.forward", work, "float32") == pytest.approx(expected)
+
+
+def test_forms_of_a_product_keep_their_own_error() -> None:
+    sample = machine().device.gemm_samples
+    changed = tuple(
+        msgspec.structs.replace(each, seconds=each.seconds * (2 if each.form == "backward_weight" else 1))
+        for each in sample
+    )
+    uneven = machine(gemm_samples=changed)
+    ratio = gemm_error(uneven, "backward_weight", 512, 512, 512) / gemm_error(uneven, "forward", 512, 512, 512)
+    assert 1.2 < ratio <= 2.0
+
+
+def test_kernels_follow_their_regimes_and_slow_each_other() -> None:
+    profiled = machine()
+    small = Work(elements=1000, bytes=100_000)
+    large = Work(elements=10**6, bytes=10**8)
+    gap = profiled.overheads.dispatch_seconds
+    assert measured_seconds(profiled, "norm.forward", small, "float32") == pytest.approx(5e-6 + 1e-5 + gap)
+    assert measured_seconds(profiled, "norm.forward", large, "float32") == pytest.approx(1e-5 + 2e-2 + gap)
+    crowded = measured_seconds(profiled, "norm.forward", large, "float32", 1, 2)
+    assert crowded == pytest.approx(1.5 * (1e-5 + 2e-2) + gap)
+    assert concurrent_factor(profiled, 1.5, 1) == 1
+    assert concurrent_factor(profiled, 1.5, 64) == 1.5
+    norm = Work(elements=10**6, bytes=8)
+    assert measured_seconds(profiled, "gradient_norm", norm, "float32") == pytest.approx(1e-5 + 4e-4 + gap)
+
+
+def test_attention_has_terms_of_its_own_and_a_mask_only_saves_where_blocks_are_skipped() -> None:
+    profiled = machine()
+    work = Work(m=128, n=256, k=64, batch=16, elements=8 * 128 * 256, share=0.5)
+    pairs, multiply_adds = 8 * 128 * 256, 128 * 256 * 64 * 16
+    plain = measured_seconds(profiled, "attention_plain.forward", work, "float32")
+    assert plain == pytest.approx(1e-5 + pairs * 1e-9 + multiply_adds * 1e-11 + profiled.overheads.dispatch_seconds)
+    blocked = measured_seconds(profiled, "attention_blocked.forward", work, "float32")
+    step = measured_seconds(profiled, "attention_step.forward", work, "float32")
+    assert blocked == pytest.approx(0.5 * (pairs * 1e-9 + 16e-6) + profiled.overheads.dispatch_seconds)
+    assert step == blocked
+    double = measured_seconds(profiled, "attention_plain.forward", work, "float64")
+    assert double is not None and plain is not None and 1.9 < double / plain < 2.0
+
+
+def test_kinds_without_figures_are_left_to_the_formulas() -> None:
+    profiled = machine()
+    work = Work(elements=1000, bytes=100_000)
+    assert measured_seconds(profiled, "gated.forward", work, "float32") is None
+    task = Task("0.layer.gate.forward", "gated.forward", "gate", work=work)
+    assert compute_seconds(profiled, task, "float32") > 0
+    assert measured_seconds(GENERIC, "linear.forward", work, "float32") is None
+
+
+def test_arrays_equal_scalars() -> None:
+    profiled, rng = machine(), np.random.default_rng(0)
+    m, n, k, ranks = (rng.integers(1, 4000, 50) for _ in range(4))
+    work = Work(m=m, n=n, k=k, batch=1, elements=m * n, bytes=4 * m * n)
+    for kind in ("linear.forward", "norm.forward", "attention_plain.forward"):
+        many = measured_seconds(profiled, kind, work, "float32", 1, ranks)
+        assert many is not None
+        for i in range(0, 50, 7):
+            one = Work(m=m[i], n=n[i], k=k[i], batch=1, elements=m[i] * n[i], bytes=4 * m[i] * n[i])
+            assert measured_seconds(profiled, kind, one, "float32", 1, ranks[i]) == pytest.approx(many[i], rel=1e-12)
+
+
+def with_collectives(*tables: MeasuredCollective) -> Machine:
+    link = msgspec.structs.replace(GENERIC.link_in_host, measured=tables)
+    return msgspec.structs.replace(machine(), link_in_host=link)
+
+
+RIVALS = with_collectives(
+    collective("all_reduce", "native", regime(2e-6, 8e-10)),
+    collective("all_reduce", "ring", regime(3e-5, 2e-10)),
+)
+
+
+def test_of_measured_algorithms_the_named_or_else_the_fastest_counts() -> None:
+    for nbytes, fastest in ((1e3, 2e-6 + 8e-7), (1e7, 3e-5 + 2e-3)):
+        assert collective_seconds(RIVALS, "all_reduce", nbytes, 2) == pytest.approx(fastest)
+    assert collective_seconds(RIVALS, "all_reduce", 1e7, 2, algorithm="native") == pytest.approx(2e-6 + 8e-3)
+    assert measured_algorithms(RIVALS, "all_reduce") == ["native", "ring"]
+
+
+@pytest.mark.parametrize(("hidden", "chosen"), [(64, {}), (512, {"tp.all_reduce": "ring"})])
+def test_a_plan_gets_the_algorithm_that_its_own_messages_ask_for(hidden: int, chosen: dict[str, str]) -> None:
+    spec = with_sizes(None, layers=2, hidden=hidden, heads=4, seq_len=64)
+    plan = make_plan(spec, Mesh(tp=2), global_batch_size=1, micro_batch_size=1)
+    fixed = fix_collectives(plan, RIVALS)
+    assert fixed.collectives == chosen
+    assert predict(fixed, RIVALS).step_seconds <= predict(plan, RIVALS).step_seconds
+    assert fix_collectives(plan, GENERIC) == plan
+
+
+def test_the_plan_s_algorithm_is_the_one_that_is_priced() -> None:
+    spec = with_sizes(None, layers=2, hidden=512, heads=4, seq_len=64)
+    plan = make_plan(spec, Mesh(tp=2), global_batch_size=1, micro_batch_size=1)
+    task = next(t for step in lower(plan, 0).steps for t in step.tasks if t.kind == "all_reduce")
+    at, nbytes = Coordinate(0, 0, 0, 0), task.work.full_bytes
+    assert Pricer(plan, RIVALS).seconds(task, at) == pytest.approx(2e-6 + 8e-10 * nbytes)
+    ring = msgspec.structs.replace(plan, collectives={"all_reduce": "ring"})
+    assert Pricer(ring, RIVALS).seconds(task, at) == pytest.approx(3e-5 + 2e-10 * nbytes)
+    unknown = msgspec.structs.replace(plan, collectives={"all_reduce": "root"})
+    assert Pricer(unknown, RIVALS).seconds(task, at) > 0
+
+
+def test_a_measured_machine_survives_its_file(tmp_path: object) -> None:
+    path = f"{tmp_path}/machine.toml"
+    dump_machine(RIVALS, path)
+    assert load_machine(path) == RIVALS
