@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ _VARIABLES = (
     "MKL_ENABLE_INSTRUCTIONS",
     "NPY_DISABLE_CPU_FEATURES",
 )
+
+AVX512_KERNELS = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
+"""Kernel families of OpenBLAS that use AVX-512."""
+
+AVX2_KERNELS = frozenset({"Haswell", "Zen"})
+"""Kernel families of OpenBLAS that use AVX2 and fused multiply-adds."""
 
 
 def describe_environment() -> dict[str, Any]:
@@ -69,6 +76,46 @@ def blas_libraries() -> list[dict[str, Any]]:
         }
         for library in threadpoolctl.threadpool_info()
     ]
+
+
+def slow_blas() -> str | None:
+    """Say which BLAS runs kernels below what the processor offers, and the remedy; None where all is well.
+
+    OpenBLAS says what it chose; of other libraries, and of processors other than x86-64, nothing is claimed.
+    """
+    return blas_complaint(processor_flags(), blas_libraries(), os.environ.get("OPENBLAS_CORETYPE"))
+
+
+def blas_complaint(flags: Set[str], libraries: Sequence[dict[str, Any]], forced: str | None) -> str | None:
+    """See `slow_blas`; its inputs are the processor's feature flags, the libraries and the forced kernel family."""
+    if {"avx512f", "avx512vl"} <= flags:
+        offered, expected = "AVX-512", AVX512_KERNELS
+    elif {"avx2", "fma"} <= flags:
+        offered, expected = "AVX2", AVX2_KERNELS
+    else:
+        return None
+    for library in libraries:
+        family = library["architecture"]
+        if library["name"] == "openblas" and family and family not in expected:
+            remedy = (
+                f"unset OPENBLAS_CORETYPE, which is {forced}" if forced else "install current wheels of NumPy and SciPy"
+            )
+            return (
+                f"{library['name']} {library['version']} runs its {family} kernels and this processor has {offered}: "
+                f"matrix products may take twice as long; {remedy}"
+            )
+    return None
+
+
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets that Linux lists for this processor; empty elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass  # not Linux
+    return frozenset()
 
 
 def processor_name() -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from executor.fused.compile import kernel
 from executor.fused.dropout import row_key
-from executor.fused.matmul import gemm
+from executor.fused.matmul import gemm_by_rows, gemm_by_terms, rows_per_product, transpose_to
 from executor.fused.softmax import drop, exponentiate, hide, largest_of, scratch
 from executor.reference.arrays import Floats, Ints
 from executor.reference.attention import UNLIMITED, reach
@@ -19,19 +19,24 @@ _DROPOUT = "uint32, T, uint64, int64[::1], int64[::1]"  # threshold, 1 / (1 - ra
 
 
 @kernel(
-    f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T, {_MASK}, {_DROPOUT}, T[:, :, :, ::1], T[:, :, :, :], T[::1])"
+    f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T, {_MASK}, {_DROPOUT}, T[:, :, :, ::1], T[:, :, :, :], T[::1],"
+    " int64)"
 )
 def _attention_forward(
     q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any, ahead: Any,
     threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, probabilities: Any, out: Any, buffer: Any,
+    rows: Any,
 ) -> None:  # fmt: skip
     real = q.dtype.type
-    queries, keys = q.shape[0], k.shape[0]
+    queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
+    keys_across = buffer[: keys * width].reshape(width, keys)
+    spare = buffer[keys * width :]
     masked = back < UNLIMITED or ahead < UNLIMITED
     for b in range(q.shape[1]):
         for head in range(q.shape[2]):
             p, source = probabilities[b, head], kv_index[head]
-            gemm(real(scale), q[:, b, head], False, k[:, b, source], True, real(0.0), p)
+            transpose_to(k[:, b, source], keys_across)
+            gemm_by_rows(real(scale), q[:, b, head], keys_across, real(0.0), p, rows)
             for i in range(queries):
                 row = p[i]
                 if masked:
@@ -42,11 +47,11 @@ def _attention_forward(
                     row[j] *= inverse
             weights = p
             if threshold > 0:
-                weights = buffer[: queries * keys].reshape(queries, keys)
+                weights = spare[: queries * keys].reshape(queries, keys)
                 for i in range(queries):
                     row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
                     drop(p[i], weights[i], row_hash, k_positions, threshold, keep_scale)
-            gemm(real(1.0), weights, False, v[:, b, source], False, real(0.0), out[:, b, head])
+            gemm_by_rows(real(1.0), weights, v[:, b, source], real(0.0), out[:, b, head], rows)
 
 
 def mask_arguments(
@@ -81,30 +86,35 @@ def attention_forward(
     """See `executor.reference.attention.attention_forward`."""
     mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
     dropout = dropout_arguments(rate, key, samples, head_ids)
-    buffer = scratch(q.dtype, q.shape[0] * k.shape[0] if rate > 0.0 else 0)
-    _attention_forward[q.dtype](q, k, v, scale, *mask, *dropout, probabilities, out, buffer)
+    queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
+    buffer = scratch(q.dtype, keys * width + (queries * keys if rate > 0.0 else 0))
+    rows = rows_per_product(queries, width, keys)
+    _attention_forward[q.dtype](q, k, v, scale, *mask, *dropout, probabilities, out, buffer, rows)
 
 
 @kernel(
     f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T, {_MASK}, {_DROPOUT}, T[:, :, :, ::1],"
-    " T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[::1])"
+    " T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[::1], int64)"
 )
 def _attention_backward(
     dout: Any, q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any,
     ahead: Any, threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, probabilities: Any, dq: Any,
-    dk: Any, dv: Any, buffer: Any,
+    dk: Any, dv: Any, buffer: Any, rows: Any,
 ) -> None:  # fmt: skip
     real = q.dtype.type
-    queries, keys = q.shape[0], k.shape[0]
-    d_scores = buffer[: queries * keys].reshape(queries, keys)
-    weights = buffer[queries * keys : 2 * queries * keys]
+    queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
+    values_across = buffer[: keys * width].reshape(width, keys)
+    tiles = buffer[keys * width :]
+    d_scores = tiles[: queries * keys].reshape(queries, keys)
+    weights = tiles[queries * keys : 2 * queries * keys]
     for b in range(q.shape[1]):
         visited = np.zeros(k.shape[2], np.bool_)
         for head in range(q.shape[2]):
             p, source = probabilities[b, head], kv_index[head]
             onto = real(1.0) if visited[source] else real(0.0)
             visited[source] = True
-            gemm(real(1.0), dout[:, b, head], False, v[:, b, source], True, real(0.0), d_scores)
+            transpose_to(v[:, b, source], values_across)
+            gemm_by_rows(real(1.0), dout[:, b, head], values_across, real(0.0), d_scores, rows)
             dropped = p
             if threshold > 0:
                 dropped = weights.reshape(queries, keys)
@@ -114,15 +124,15 @@ def _attention_backward(
                     for j in range(keys):
                         d_scores[i, j] = dropped[i, j]
                     drop(p[i], dropped[i], row_hash, k_positions, threshold, keep_scale)
-            gemm(real(1.0), dropped, True, dout[:, b, head], False, onto, dv[:, b, source])
+            gemm_by_terms(real(1.0), dropped, dout[:, b, head], onto, dv[:, b, source], rows)
             for i in range(queries):
                 delta = real(0.0)
                 for j in range(keys):
                     delta += p[i, j] * d_scores[i, j]
                 for j in range(keys):
                     d_scores[i, j] = p[i, j] * (d_scores[i, j] - delta)
-            gemm(real(scale), d_scores, False, k[:, b, source], False, real(0.0), dq[:, b, head])
-            gemm(real(scale), d_scores, True, q[:, b, head], False, onto, dk[:, b, source])
+            gemm_by_rows(real(scale), d_scores, k[:, b, source], real(0.0), dq[:, b, head], rows)
+            gemm_by_terms(real(scale), d_scores, q[:, b, head], onto, dk[:, b, source], rows)
         for source in range(k.shape[2]):
             if not visited[source]:
                 dk[:, b, source] = 0
@@ -152,5 +162,7 @@ def attention_backward(
     """See `executor.reference.attention.attention_backward`."""
     mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
     dropout = dropout_arguments(rate, key, samples, head_ids)
-    buffer = scratch(q.dtype, 2 * q.shape[0] * k.shape[0])
-    _attention_backward[q.dtype](dout, q, k, v, scale, *mask, *dropout, probabilities, dq, dk, dv, buffer)
+    queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
+    buffer = scratch(q.dtype, keys * width + 2 * queries * keys)
+    rows = rows_per_product(queries, width, keys)
+    _attention_backward[q.dtype](dout, q, k, v, scale, *mask, *dropout, probabilities, dq, dk, dv, buffer, rows)

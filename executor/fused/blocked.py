@@ -10,7 +10,7 @@ from executor.fused.attention import dropout_arguments, mask_arguments
 from executor.fused.compile import helper, kernel
 from executor.fused.dropout import row_key
 from executor.fused.maths import exp
-from executor.fused.matmul import gemm
+from executor.fused.matmul import gemm_by_rows, gemm_by_terms, has_small_kernels, rows_per_product, transpose_to
 from executor.fused.softmax import drop, exponentiate, hide, largest_of, scratch
 from executor.reference import blocked as reference
 from executor.reference.arrays import Floats, Ints
@@ -20,6 +20,16 @@ OPEN_TILE = (512, 256)
 
 MASKED_TILE = (256, 256)
 """A mask hides whole tiles, and the more the smaller they are; below 256 the products slow down by more than that."""
+
+SMALL_TILE = (120, 128)
+"""Where BLAS has kernels for small products."""
+
+
+def tiles_of(masked: bool, width: int) -> tuple[int, int, int]:
+    """Queries and keys of a tile, and rows of it that BLAS multiplies at once."""
+    queries, keys = SMALL_TILE if has_small_kernels() else (MASKED_TILE if masked else OPEN_TILE)
+    return queries, keys, rows_per_product(queries, width, keys)
+
 
 block_attention_start = reference.block_attention_start  # three fills
 
@@ -38,28 +48,31 @@ def coverage(q_positions: Any, k_positions: Any, back: Any, ahead: Any) -> Any:
     return 2 if farthest - first <= ahead and last - nearest <= back else 1
 
 
-@kernel(f"void({_QKV}, T, {_MASK}, {_DROPOUT}, T[:, :, :, :], T[:, :, ::1], T[:, :, ::1], int64, int64, T[::1])")
+@kernel(f"void({_QKV}, T, {_MASK}, {_DROPOUT}, T[:, :, :, :], T[:, :, ::1], T[:, :, ::1], int64, int64, int64, T[::1])")
 def _step(
     q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any, ahead: Any,
     threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, out: Any, running_max: Any,
-    running_sum: Any, query_tile: Any, key_tile: Any, buffer: Any,
+    running_sum: Any, query_tile: Any, key_tile: Any, rows: Any, buffer: Any,
 ) -> None:  # fmt: skip
     real = q.dtype.type
-    queries, keys = q.shape[0], k.shape[0]
+    queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
     for b in range(q.shape[1]):
         for head in range(q.shape[2]):
             source = kv_index[head]
-            for i0 in range(0, queries, query_tile):
-                i1 = min(i0 + query_tile, queries)
-                for j0 in range(0, keys, key_tile):
-                    j1 = min(j0 + key_tile, keys)
-                    columns = k_positions[j0:j1]
+            for j0 in range(0, keys, key_tile):
+                j1 = min(j0 + key_tile, keys)
+                columns = k_positions[j0:j1]
+                k_across = buffer[: (j1 - j0) * width].reshape(width, j1 - j0)
+                transpose_to(k[j0:j1, b, source], k_across)
+                tiles = buffer[(j1 - j0) * width :]
+                for i0 in range(0, queries, query_tile):
+                    i1 = min(i0 + query_tile, queries)
                     cover = coverage(q_positions[i0:i1], columns, back, ahead)
                     if cover == 0:
                         continue
                     area = (i1 - i0) * (j1 - j0)
-                    tile = buffer[:area].reshape(i1 - i0, j1 - j0)
-                    gemm(real(scale), q[i0:i1, b, head], False, k[j0:j1, b, source], True, real(0.0), tile)
+                    tile = tiles[:area].reshape(i1 - i0, j1 - j0)
+                    gemm_by_rows(real(scale), q[i0:i1, b, head], k_across, real(0.0), tile, rows)
                     for i in range(i0, i1):
                         row = tile[i - i0]
                         if cover == 1:
@@ -73,11 +86,11 @@ def _step(
                             out[i, b, head, c] *= rescale
                     weights = tile
                     if threshold > 0:
-                        weights = buffer[area : 2 * area].reshape(i1 - i0, j1 - j0)
+                        weights = tiles[area : 2 * area].reshape(i1 - i0, j1 - j0)
                         for i in range(i0, i1):
                             row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
                             drop(tile[i - i0], weights[i - i0], row_hash, columns, threshold, keep_scale)
-                    gemm(real(1.0), weights, False, v[j0:j1, b, source], False, real(1.0), out[i0:i1, b, head])
+                    gemm_by_rows(real(1.0), weights, v[j0:j1, b, source], real(1.0), out[i0:i1, b, head], rows)
 
 
 def block_attention_step(
@@ -101,8 +114,8 @@ def block_attention_step(
     """See `executor.reference.blocked.block_attention_step`."""
     mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
     dropout = dropout_arguments(rate, key, samples, head_ids)
-    tiles = MASKED_TILE if causal or window is not None else OPEN_TILE
-    buffer = scratch(q.dtype, 2 * tiles[0] * tiles[1])
+    tiles = tiles_of(causal or window is not None, q.shape[3])
+    buffer = scratch(q.dtype, (2 * tiles[0] + q.shape[3]) * tiles[1])
     _step[q.dtype](q, k, v, scale, *mask, *dropout, out_accumulator, running_max, running_sum, *tiles, buffer)
 
 
@@ -158,33 +171,40 @@ def rebuild(row: Any, d_row: Any, logsumexp: Any, delta: Any) -> None:
 
 @kernel(
     f"void(T[:, :, :, :], {_QKV}, T, {_MASK}, {_DROPOUT}, T[:, :, ::1], T[:, :, ::1], T[:, :, :, :], T[:, :, :, :],"
-    " T[:, :, :, :], int64, int64, T[::1])"
+    " T[:, :, :, :], int64, int64, int64, T[::1])"
 )
 def _step_backward(
     dout: Any, q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any,
     ahead: Any, threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, logsumexp: Any, delta: Any,
-    dq: Any, dk: Any, dv: Any, query_tile: Any, key_tile: Any, buffer: Any,
+    dq: Any, dk: Any, dv: Any, query_tile: Any, key_tile: Any, rows: Any,
+    buffer: Any,
 ) -> None:  # fmt: skip
     real = q.dtype.type
-    queries, keys = q.shape[0], k.shape[0]
+    queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
     one = real(1.0)
     for b in range(q.shape[1]):
         for head in range(q.shape[2]):
             source = kv_index[head]
-            for i0 in range(0, queries, query_tile):
-                i1 = min(i0 + query_tile, queries)
-                for j0 in range(0, keys, key_tile):
-                    j1 = min(j0 + key_tile, keys)
-                    columns = k_positions[j0:j1]
+            for j0 in range(0, keys, key_tile):
+                j1 = min(j0 + key_tile, keys)
+                columns = k_positions[j0:j1]
+                across = (j1 - j0) * width
+                k_across = buffer[:across].reshape(width, j1 - j0)
+                v_across = buffer[across : 2 * across].reshape(width, j1 - j0)
+                transpose_to(k[j0:j1, b, source], k_across)
+                transpose_to(v[j0:j1, b, source], v_across)
+                tiles = buffer[2 * across :]
+                for i0 in range(0, queries, query_tile):
+                    i1 = min(i0 + query_tile, queries)
                     cover = coverage(q_positions[i0:i1], columns, back, ahead)
                     if cover == 0:
                         continue
                     area = (i1 - i0) * (j1 - j0)
-                    tile = buffer[:area].reshape(i1 - i0, j1 - j0)
-                    d_tile = buffer[area : 2 * area].reshape(i1 - i0, j1 - j0)
-                    spare = buffer[2 * area : 2 * area + j1 - j0]
-                    gemm(real(scale), q[i0:i1, b, head], False, k[j0:j1, b, source], True, real(0.0), tile)
-                    gemm(one, dout[i0:i1, b, head], False, v[j0:j1, b, source], True, real(0.0), d_tile)
+                    tile = tiles[:area].reshape(i1 - i0, j1 - j0)
+                    d_tile = tiles[area : 2 * area].reshape(i1 - i0, j1 - j0)
+                    spare = tiles[2 * area : 2 * area + j1 - j0]
+                    gemm_by_rows(real(scale), q[i0:i1, b, head], k_across, real(0.0), tile, rows)
+                    gemm_by_rows(one, dout[i0:i1, b, head], v_across, real(0.0), d_tile, rows)
                     for i in range(i0, i1):
                         row, d_row = tile[i - i0], d_tile[i - i0]
                         if cover == 1:
@@ -197,9 +217,9 @@ def _step_backward(
                         if threshold > 0:
                             drop(row, spare, row_hash, columns, threshold, keep_scale)
                             row[:] = spare
-                    gemm(one, tile, True, dout[i0:i1, b, head], False, one, dv[j0:j1, b, source])
-                    gemm(real(scale), d_tile, False, k[j0:j1, b, source], False, one, dq[i0:i1, b, head])
-                    gemm(real(scale), d_tile, True, q[i0:i1, b, head], False, one, dk[j0:j1, b, source])
+                    gemm_by_terms(one, tile, dout[i0:i1, b, head], one, dv[j0:j1, b, source], rows)
+                    gemm_by_rows(real(scale), d_tile, k[j0:j1, b, source], one, dq[i0:i1, b, head], rows)
+                    gemm_by_terms(real(scale), d_tile, q[i0:i1, b, head], one, dk[j0:j1, b, source], rows)
 
 
 def block_attention_step_backward(
@@ -226,8 +246,8 @@ def block_attention_step_backward(
     """See `executor.reference.blocked.block_attention_step_backward`."""
     mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
     dropout = dropout_arguments(rate, key, samples, head_ids)
-    tiles = MASKED_TILE if causal or window is not None else OPEN_TILE
-    buffer = scratch(q.dtype, (2 * tiles[0] + 1) * tiles[1])
+    tiles = tiles_of(causal or window is not None, q.shape[3])
+    buffer = scratch(q.dtype, (2 * tiles[0] + 2 * q.shape[3] + 1) * tiles[1])
     _step_backward[q.dtype](dout, q, k, v, scale, *mask, *dropout, logsumexp, delta, dq, dk, dv, *tiles, buffer)
 
 

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from mpi_program_allocations import TWO_RANKS, largest_growth
 
 from executor.comm.loopback import run_loopback
-from mpi_program_allocations import TWO_RANKS, largest_growth
 
 LIMIT_BYTES = 200_000
 """Requests, views and dictionaries of a step stay below; half a key tensor on one of two ranks is 262,144 bytes."""
@@ -25,9 +25,10 @@ def test_later_steps_of_one_rank_allocate_nothing_large(choices: dict[str, Any])
     assert reserved == 0
 
 
-def test_later_steps_of_two_ranks_allocate_nothing_large(mpi: Any) -> None:
+def test_later_steps_of_two_ranks_allocate_nothing_large(launch: Any) -> None:
     """The in-process communicator copies messages, so this one is over MPI."""
-    done = mpi("mpi_program_allocations.py", 2)
+    done = launch(2, "mpi_program_allocations.py", timeout_seconds=300)
+    assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout.splitlines()[-1])
     assert grown.keys() == TWO_RANKS.keys()
     too_much = {name: values for name, values in grown.items() if values[0] >= LIMIT_BYTES or values[1] > 0}
