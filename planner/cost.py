@@ -11,7 +11,7 @@ a model or a plan. Times are those of one rank. Payload conventions of collectiv
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,14 @@ _ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 
 
 
 def gemm_seconds(
-    machine: Machine, m: Size, n: Size, k: Size, batch: Size = 1, precision: str = "float32", threads: Size = 1
+    machine: Machine,
+    m: Size,
+    n: Size,
+    k: Size,
+    batch: Size = 1,
+    precision: str = "float32",
+    threads: Size = 1,
+    curve: GemmCurve | None = None,
 ) -> Seconds:
     """Return the time of `batch` products [m, k] x [k, n].
 
@@ -37,12 +44,13 @@ def gemm_seconds(
     (Hockney & Jesshope's n_half), and by tile and wave quantization where the profile names tiles: the output is
     covered by whole tiles, and tiles run in whole waves of one per multiprocessor (NVIDIA, "Matrix Multiplication
     Background User's Guide"). The library takes the fastest tile. Dimensions that are not multiples of 16 bytes run at
-    the profile's `misaligned_rate` (the same guide, section "Tensor Core Requirements").
+    the profile's `misaligned_rate` (the same guide, section "Tensor Core Requirements"). `curve` stands in for the
+    profile's curve of the precision.
 
     Raises:
         MachineError: the machine has no peak for the precision.
     """
-    curve = machine.device.gemm.get(precision, machine.device.gemm["default"])
+    curve = curve or machine.device.gemm.get(precision, machine.device.gemm["default"])
     rate = machine.peak_flops_per_second(precision) * curve.fraction * _thread_speedup(machine, threads)
     element = ELEMENT_BYTES[precision]
     arithmetic = _padded_flops(curve, machine.device.multiprocessors or 1, m, n, k, batch) / rate
@@ -182,6 +190,17 @@ def dispatched_seconds(machine: Machine, device_seconds: Size, kernels: Size, co
     return np.asarray(slower * (1 + ratio**order) ** (1 / order))[()]
 
 
+def exposed_seconds(machine: Machine, communication_seconds: Size, compute_seconds: Size) -> Seconds:
+    """Return what a stretch of work takes longer because of communication that may run beside it.
+
+    Up to `overlap_fraction` of the communication hides behind the computation, which it slows by `overlap_slowdown`
+    meanwhile (FSDP's prefetched gathers, Zhao et al. 2023, arXiv 2304.11277, section 3.3); the rest is exposed.
+    """
+    overheads = machine.overheads
+    hidden = np.minimum(np.multiply(communication_seconds, overheads.overlap_fraction), compute_seconds)
+    return np.asarray(communication_seconds - hidden + hidden * (overheads.overlap_slowdown - 1))[()]
+
+
 def slowest_host_factor(machine: Machine, hosts: Size) -> Seconds:
     """Return by how much a step on several hosts is slower than on an average one, because it waits for the slowest.
 
@@ -210,7 +229,8 @@ def p2p_seconds(machine: Machine, payload_bytes: Size, same_host: Flag = True, c
         tables = [table for table in link.measured if table.operation == "send"]
         bandwidth = _rank_bandwidth(link, "send", concurrent)
         formula = link.call_seconds + link.latency_seconds + np.divide(payload_bytes, bandwidth)
-        times.append(_regimes_seconds(tables[0].regimes, payload_bytes) if tables else formula)
+        measured = _measured_seconds(link, tables[:1], payload_bytes, 2, concurrent) if tables else formula
+        times.append(measured)
     return _if_any(payload_bytes, np.where(same_host, *times))
 
 
@@ -220,7 +240,7 @@ def collective_seconds(
     payload_bytes: Size,
     group_size: Size,
     ranks_per_host: Size | None = None,
-    algorithm: Algorithm | None = None,
+    algorithm: str | None = None,
     concurrent_groups: Size = 1,
 ) -> Seconds:
     """Return the time of one collective on one group.
@@ -236,19 +256,24 @@ def collective_seconds(
         payload_bytes: see the module's conventions.
         group_size: ranks in the group; a group of one costs nothing.
         ranks_per_host: how many of the group sit on one host; None: all of them.
-        algorithm: None for the profile's choice; "auto" for the fastest formula.
+        algorithm: None for the profile's choice, or the fastest that it has measured; "auto" for the fastest formula;
+            or the name of one, measured or of a formula.
         concurrent_groups: groups like this one that use the same hosts' network cards at once.
     """
-    chosen = algorithm or machine.algorithm(operation)
+    known = algorithm in get_args(Algorithm)
+    chosen = cast(Algorithm, algorithm) if known else machine.algorithm(operation)
     on_host = np.minimum(group_size, group_size if ranks_per_host is None else ranks_per_host)
     seconds = _formula_seconds(machine, operation, payload_bytes, group_size, on_host, chosen, concurrent_groups)
     inside = np.greater_equal(on_host, group_size)
-    across = np.equal(on_host, 1)
-    for link, applies in ((machine.link_in_host, inside), (machine.link_between_hosts, ~inside & across)):
-        tables = [table for table in link.measured if table.operation == operation]
+    tiers = [(machine.link_in_host, 1, inside)]
+    counts = {table.ranks_per_host for table in machine.link_between_hosts.measured}
+    tiers += [(machine.link_between_hosts, count, ~inside & np.equal(on_host, count)) for count in sorted(counts)]
+    for link, count, applies in tiers:
+        tables = [table for table in link.measured if (table.operation, table.ranks_per_host) == (operation, count)]
         tables = [table for table in tables if algorithm in (None, "auto", table.algorithm)]
         if tables:
-            seconds = np.where(applies, _measured_seconds(tables, payload_bytes, group_size), seconds)
+            measured = _measured_seconds(link, tables, payload_bytes, group_size, concurrent_groups)
+            seconds = np.where(applies, measured, seconds)
     return _if_any(np.multiply(payload_bytes, np.greater(group_size, 1)), seconds)
 
 
@@ -343,22 +368,40 @@ def _host_bandwidth(link: Link, operation: str, ranks: Size, concurrent: Size) -
     return np.asarray(bandwidth * share)
 
 
-def _measured_seconds(tables: list[MeasuredCollective], n: Size, p: Size) -> Seconds:
-    """Return measured times: linear in the group size between measured sizes, proportional to p - 1 outside them."""
-    tables = sorted(tables, key=lambda table: table.group_size)
-    first, last = tables[0], tables[-1]
-    seconds = _regimes_seconds(first.regimes, n) * np.subtract(p, 1) / (first.group_size - 1)
-    for low, high in pairwise(tables):
-        if low.group_size == high.group_size:
-            continue
-        weight = np.subtract(p, low.group_size) / (high.group_size - low.group_size)
-        between = (1 - weight) * _regimes_seconds(low.regimes, n) + weight * _regimes_seconds(high.regimes, n)
-        seconds = np.where(np.greater_equal(p, low.group_size), between, seconds)
-    beyond = _regimes_seconds(last.regimes, n) * np.subtract(p, 1) / (last.group_size - 1)
-    return np.asarray(np.where(np.greater_equal(p, last.group_size), beyond, seconds))
+def _measured_seconds(link: Link, tables: list[MeasuredCollective], n: Size, p: Size, concurrent: Size) -> Seconds:
+    """Return measured times of a group beside other groups, all of which share what their host's cards carry.
+
+    What was measured is one group alone: beside others, the part of its time that grows with the bytes stretches as far
+    as their sum exceeds `shared_bandwidth_bytes_per_second`.
+    """
+    alone = _interpolated_seconds(tables, n, p)
+    if link.shared_bandwidth_bytes_per_second is None:
+        return alone
+    load = np.multiply(concurrent, link.bandwidth_bytes_per_second / link.shared_bandwidth_bytes_per_second)
+    return np.asarray(alone + np.maximum(load - 1, 0) * (alone - _interpolated_seconds(tables, np.sign(n), p)))
 
 
-def _regimes_seconds(regimes: tuple[MeasuredRegime, ...], n: Size) -> Seconds:
+def _interpolated_seconds(tables: list[MeasuredCollective], n: Size, p: Size) -> Seconds:
+    """Return measured times: linear in the group size between measured sizes, proportional to p - 1 outside them.
+
+    Of several algorithms the fastest for the bytes at hand.
+    """
+    sizes = sorted({table.group_size for table in tables})
+    times = {
+        size: np.minimum.reduce([regimes_seconds(t.regimes, n) for t in tables if t.group_size == size])
+        for size in sizes
+    }
+    first, last = sizes[0], sizes[-1]
+    seconds = times[first] * np.subtract(p, 1) / (first - 1)
+    for low, high in pairwise(sizes):
+        weight = np.subtract(p, low) / (high - low)
+        between = (1 - weight) * times[low] + weight * times[high]
+        seconds = np.where(np.greater_equal(p, low), between, seconds)
+    beyond = times[last] * np.subtract(p, 1) / (last - 1)
+    return np.asarray(np.where(np.greater_equal(p, last), beyond, seconds))
+
+
+def regimes_seconds(regimes: tuple[MeasuredRegime, ...], n: Size) -> Seconds:
     """Return latency plus bandwidth of the regime of a size, never less than the end of the regimes before it."""
     seconds = np.zeros(np.shape(n))
     start = 0.0

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.machine import Framework
 from planner.plan import Plan
 from planner.program import Program, Step, Task
 from planner.program.liveness import needed
@@ -13,8 +19,12 @@ from planner.program.rank import ITEM_BYTES
 from planner.program.tasks import Buffer
 from planner.program.units import Unit
 from planner.program.update import state_bytes, tied
+from planner.trace import PARTS
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
+if TYPE_CHECKING:
+    from planner.skeleton import Skeleton
+
+MIXED_PRECISIONS = ("float16", "bfloat16", "fp8")
 
 
 @dataclass
@@ -40,13 +50,46 @@ class _Walk:
             self.highest, self.peak = total, Counter(self.live)
 
 
-def state_parts(plan: Plan, unit: Unit, position: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Stored:
+    """Bytes per parameter that the program which trains keeps: of itself, its gradient, its optimizer state."""
+
+    parameter: float
+    gradient: float
+    optimizer: float
+    probability: float  # per attention probability
+    logit: float
+    mixed: bool = False  # as a framework keeps them in 16 bits or fp8, not as our executor does
+
+    @classmethod
+    def of(cls, plan: Plan, framework: Framework | None = None) -> Stored:
+        """What a plan keeps under a framework; None for our executor."""
+        item = state_bytes(plan)
+        moments = (2 if plan.training.optimizer == "adamw" else 0) * item
+        compute = ITEM_BYTES[plan.training.precision]
+        if framework is None or plan.training.precision not in MIXED_PRECISIONS or framework.parameter_bytes is None:
+            return cls(item, item, moments, compute, compute)
+        gradient = framework.gradient_bytes or item
+        return cls(
+            framework.parameter_bytes,
+            gradient + framework.accumulated_gradient_bytes.get(plan.training.precision, 0.0),
+            framework.optimizer_bytes or moments,
+            framework.probability_bytes or compute,
+            framework.logit_bytes or compute,
+            mixed=True,
+        )
+
+
+def state_parts(plan: Plan, unit: Unit, position: int, stored: Stored | None = None) -> dict[str, int]:
     """Bytes that a unit holds throughout: parameters, gradients, optimizer state, sharded by the ZeRO stage.
 
     Rajbhandari et al. 2020 (arXiv:1910.02054), table 1.
     """
-    item, stage = state_bytes(plan), plan.zero_stage
+    stored, stage = stored or Stored.of(plan), plan.zero_stage
     owned = unit.shard_sizes[position] if stage else unit.size
+    if stored.mixed:
+        return _mixed_state_parts(plan, unit, owned, stored)
+    item = state_bytes(plan)
     parts = {"parameters": (owned if stage == 3 else unit.size) * item}
     if plan.forward_only:
         return parts
@@ -56,21 +99,41 @@ def state_parts(plan: Plan, unit: Unit, position: int) -> dict[str, int]:
     return parts
 
 
-def peak_memory(program: Program) -> Peak:
-    """Walk a rank's program and return its peak; sends are taken to complete as soon as they are posted."""
+def _mixed_state_parts(plan: Plan, unit: Unit, owned: int, stored: Stored) -> dict[str, int]:
+    """State under mixed precision: 16-bit parameters and gradients beside sharded master parameters and moments."""
+    stage = plan.zero_stage
+    parts = {"parameters": int((owned if stage == 3 else unit.size) * stored.parameter)}
+    if plan.forward_only:
+        return parts
+    parts["gradients"] = int((owned if stage >= 2 and not tied(plan, unit) else unit.size) * stored.gradient)
+    parts["optimizer"] = int(owned * stored.optimizer)
+    return parts
+
+
+def _standing(program: Program, stored: Stored) -> _Walk:
+    """What a rank holds before its first instruction."""
     plan, at = program.plan, program.at
     position = at.dp * plan.mesh.cp + at.cp
     walk = _Walk()
     for unit in program.units:
-        for part, nbytes in state_parts(plan, unit, position).items():
+        for part, nbytes in state_parts(plan, unit, position, stored).items():
             walk.change(part, nbytes)
+    return walk
+
+
+def peak_memory(program: Program, framework: Framework | None = None) -> Peak:
+    """Walk a rank's program and return its peak; sends are taken to complete as soon as they are posted."""
+    plan = program.plan
+    stored = Stored.of(plan, framework)
+    walk = _standing(program, stored)
     units = {unit.block: unit for unit in program.units}
-    known: dict[int, _Walk] = {}  # steps of equal micro-batches share their tasks
+    known: dict[tuple[int, frozenset[str]], tuple[_Walk, frozenset[str]]] = {}  # equal micro-batches share their tasks
+    gradients: frozenset[str] = frozenset()
     for step in program.steps:
-        key = id(step.tasks)
+        key = (id(step.tasks), gradients)
         if key not in known:
-            known[key] = _step(program, step, units)
-        inside = known[key]
+            known[key] = _step(program, step, units, stored, gradients)
+        inside, gradients = known[key]
         total = sum(walk.live.values()) + inside.highest
         if total > walk.highest:
             walk.highest, walk.peak = total, walk.live + inside.peak
@@ -78,59 +141,180 @@ def peak_memory(program: Program) -> Peak:
     return Peak(walk.highest, {part: max(0, walk.peak[part]) for part in PARTS})
 
 
-def _step(program: Program, step: Step, units: dict[str, Unit]) -> _Walk:
-    """What one instruction's tasks add and free, relative to what was live before it."""
+def pipeline_peaks(skeleton: Skeleton, framework: Framework | None = None) -> list[Peak]:
+    """Peaks of the first coordinate of every pipeline rank, from the skeleton's short programs.
+
+    What each distinct instruction adds, frees and needs in between is walked once; the schedule's order then gives the
+    peak by cumulative sums. Equal to `peak_memory` of the whole program.
+    """
+    stored = Stored.of(skeleton.plan, framework)
+    ledgers = {rank: _Ledger.of(skeleton, rank, stored) for rank in set(skeleton.representative.values())}
+    found: dict[tuple[int, tuple[tuple[int, str, int], ...]], Peak] = {}
+    peaks = []
+    sizes = skeleton.plan.micro_batches(0)
+    chunk = {s: i for r in range(skeleton.plan.mesh.pp) for i, s in enumerate(skeleton.schedule.stages_of(r))}
+    for rank in range(skeleton.plan.mesh.pp):
+        same = skeleton.representative[rank]
+        order = tuple((chunk[part.stage], part.op, sizes[part.micro_batch]) for part in skeleton.instructions(rank))
+        if (same, order) not in found:
+            found[same, order] = ledgers[same].peak(order)
+        peaks.append(found[same, order])
+    return peaks
+
+
+@dataclass
+class _Ledger:
+    """Per distinct instruction (chunk, op, size): bytes by part that its receive, its tasks and its send leave behind.
+
+    Columns are PARTS; `peaks` has the peak inside the tasks, relative to their beginning. `I*` and `W*` find gradients
+    that an earlier I has left for a W to reduce.
+    """
+
+    standing: NDArray[np.int64]
+    update: _Walk
+    received: dict[tuple[int, str, int], NDArray[np.int64]]
+    computed: dict[tuple[int, str, int], NDArray[np.int64]]
+    sent: dict[tuple[int, str, int], NDArray[np.int64]]
+    peaks: dict[tuple[int, str, int], tuple[int, NDArray[np.int64]]]
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, rank: int, stored: Stored) -> _Ledger:
+        """The ledger of a representative's short program."""
+        program = skeleton.programs[rank]
+        units = {unit.block: unit for unit in program.units}
+        ledger = cls(_row(_standing(program, stored).live), _Walk(), {}, {}, {}, {})
+        stages = skeleton.schedule.stages_of(rank)
+        left: dict[int, frozenset[str]] = {}
+        for step in program.steps:
+            walk, gradients = _step(program, step, units, stored)
+            if step.op == "U":
+                ledger.update = walk
+                continue
+            key = (stages.index(step.stage), step.op.rpartition("_")[2], program.micro_batches[step.micro_batch])
+            if step.op == "I" and gradients:
+                left[step.stage] = gradients
+            if step.op in ("I", "W") and step.stage in left:
+                after, _ = _step(program, step, units, stored, left[step.stage])
+                again = (key[0], f"{step.op}*", key[2])
+                ledger.computed[again], ledger.peaks[again] = _row(after.live), (after.highest, _row(after.peak))
+            if step.op.startswith("RECV_"):
+                before = ledger.received.get(key, np.zeros(len(PARTS), np.int64))
+                ledger.received[key] = np.maximum(before, _row(walk.live))
+            elif step.op.startswith("SEND_"):
+                ledger.sent[key] = _row(walk.live)
+            else:
+                ledger.computed[key], ledger.peaks[key] = _row(walk.live), (walk.highest, _row(walk.peak))
+        return ledger
+
+    def peak(self, order: Sequence[tuple[int, str, int]]) -> Peak:
+        """The largest sum while the instructions run in an order; each receive is posted one instruction ahead."""
+        none = np.zeros(len(PARTS), np.int64)
+        order = self._marked(order)
+        keys = list(dict.fromkeys(order))
+        index = np.array([keys.index(key) for key in order])
+        plain = [(chunk, op.rstrip("*"), size) for chunk, op, size in keys]
+        received = np.array([self.received.get(key, none) for key in plain])[index]
+        sent = [self.sent.get(key, none) for key in plain]
+        kept = np.array([self.computed[key] + away for key, away in zip(keys, sent, strict=True)])[index]
+        inside = np.array([self.peaks[key][1] for key in keys])[index]
+        highest = np.array([self.peaks[key][0] for key in keys])[index]
+        posted = np.cumsum(received, axis=0)
+        before = self.standing + np.cumsum(kept, axis=0) - kept + np.concatenate([posted[1:], posted[-1:]])
+        total = before.sum(axis=1) + highest
+        at = int(total.argmax())
+        end = self.standing + kept.sum(axis=0) + posted[-1]
+        best = before[at] + inside[at]
+        if int(end.sum()) + self.update.highest > total[at]:
+            best = end + _row(self.update.peak)
+        return Peak(int(best.sum()), {part: max(0, int(n)) for part, n in zip(PARTS, best, strict=True)})
+
+    def _marked(self, order: Sequence[tuple[int, str, int]]) -> Sequence[tuple[int, str, int]]:
+        """The order with I* and W* where gradients have been left."""
+        if not any(op.endswith("*") for _, op, _ in self.computed):
+            return order
+        marked, left = [], set()
+        for chunk, op, size in order:
+            again = (chunk, f"{op}*", size)
+            marked.append(again if chunk in left and again in self.computed else (chunk, op, size))
+            if op == "I":
+                left.add(chunk)
+            elif op == "W":
+                left.discard(chunk)
+        return marked
+
+
+def _row(parts: Counter[str]) -> NDArray[np.int64]:
+    return np.array([parts[part] for part in PARTS], np.int64)
+
+
+def _step(
+    program: Program, step: Step, units: dict[str, Unit], stored: Stored, gradients: frozenset[str] = frozenset()
+) -> tuple[_Walk, frozenset[str]]:
+    """What one instruction's tasks add and free, relative to what was live before it.
+
+    `gradients` names the units whose whole gradient an I has left for a later W to reduce (ZeRO 2 and 3); the second
+    result those that are left after this instruction.
+    """
     walk = _Walk()
     buffers: dict[str, Buffer] = {}
     if step.op != "U":
         batch = program.micro_batches[step.micro_batch]
         buffers = program.segments[step.stage, batch].buffers
     held = needed(step.tasks, buffers) if buffers else set()
-    gradient: set[str] = set()
+    gradient = set(gradients)
     for task in step.tasks:
         for root in {buffers[name].root for name in task.writes if name in buffers}:
             if root not in held:
-                walk.change(buffers[root].category, _bytes(buffers[root], program.plan))
+                walk.change(buffers[root].category, _bytes(buffers[root], program.plan, stored))
             held.add(root)
-        _unit_memory(program.plan, task, units, walk, gradient)
+        _unit_memory(program.plan, task, units, walk, gradient, stored)
         if task.kind == "handoff":
-            _hand_over(program.plan, task, buffers, walk)
+            _hand_over(program.plan, task, buffers, walk, stored)
             continue
         for root in task.frees:
             if root in buffers and buffers[root].dtype != "index":
-                walk.change(buffers[root].category, -_bytes(buffers[root], program.plan))
+                walk.change(buffers[root].category, -_bytes(buffers[root], program.plan, stored))
             held.discard(root)
-    return walk
+    return walk, frozenset(gradient)
 
 
-def _hand_over(plan: Plan, task: Task, buffers: dict[str, Buffer], walk: _Walk) -> None:
+def _hand_over(plan: Plan, task: Task, buffers: dict[str, Buffer], walk: _Walk, stored: Stored) -> None:
     """The next stage on this rank holds the buffer too; where the giver keeps it, both will count it freed."""
     buffer = buffers[buffers[task.name].root]
     if not task.frees:
-        walk.change(buffer.category, _bytes(buffer, plan))
+        walk.change(buffer.category, _bytes(buffer, plan, stored))
 
 
-def _unit_memory(plan: Plan, task: Task, units: dict[str, Unit], walk: _Walk, gradient: set[str]) -> None:
+def _unit_memory(
+    plan: Plan, task: Task, units: dict[str, Unit], walk: _Walk, gradient: set[str], stored: Stored
+) -> None:
     """Units gathered for a while (ZeRO 3) and gradients that live only until they are scattered (ZeRO 2 and 3)."""
     if plan.zero_stage < 2:
         return
-    item = state_bytes(plan)
     if task.kind in ("parameter_gather", "parameter_drop") and plan.zero_stage == 3:
         sign = 1 if task.kind == "parameter_gather" else -1
-        walk.change("buffers", sign * units[task.name].size * item)
+        walk.change("buffers", sign * int(units[task.name].size * stored.parameter))
     for name in task.gradients:
         unit = next((u for u in units.values() if any(s.parameter.name == name for s in u.slots)), None)
         if unit and task.kind != "optimizer" and unit.block not in gradient and not tied(plan, unit):
             gradient.add(unit.block)
-            walk.change("gradients", unit.size * item)
+            walk.change("gradients", int(unit.size * stored.gradient))
     if task.kind == "gradient_reduce_scatter" and task.name in gradient:
         gradient.discard(task.name)
-        walk.change("gradients", -units[task.name].size * item)
+        walk.change("gradients", -int(units[task.name].size * stored.gradient))
 
 
-def _bytes(buffer: Buffer, plan: Plan) -> int:
-    """Bytes of a buffer; statistics are kept in float32 at least."""
-    item = ITEM_BYTES[plan.training.precision]
+def _bytes(buffer: Buffer, plan: Plan, stored: Stored) -> int:
+    """Bytes of a buffer; statistics are kept in float32 at least.
+
+    Where a framework keeps 5 bytes per attention probability and float32 logits, as Megatron-LM does (Korthikanti et
+    al. 2022, eq. 1 and section 4.3), these count.
+    """
+    item: float = ITEM_BYTES[plan.training.precision]
     if buffer.dtype == "statistics":
         item = max(4, item)
-    return math.prod(int(extent) for extent in buffer.shape) * item
+    elif buffer.root.endswith(".probabilities"):
+        item = stored.probability
+    elif buffer.root == "head.logits":
+        item = stored.logit
+    return int(math.prod(int(extent) for extent in buffer.shape) * item)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 
+from planner.coarse import coarse_replay
+from planner.cost import slowest_host_factor
 from planner.errors import PlanError
 from planner.machine import Machine
-from planner.memory import PARTS, Peak, peak_memory
+from planner.memory import Peak, peak_memory
 from planner.mesh import Coordinate, Mesh
 from planner.model import model_flops
 from planner.plan import Plan
@@ -22,10 +23,13 @@ from planner.price import COLLECTIVES, Pricer
 from planner.program import Program, Step, Task, lower
 from planner.simulate import Replay, TaskTable, replay
 from planner.trace import (
+    PARTS,
+    Figures,
     MachineNote,
     OperatorTime,
     Prediction,
     Span,
+    axis_classes,
     figures,
     operator_times,
     rank_classes,
@@ -35,7 +39,9 @@ from planner.trace import (
 WHOLE_MESH_RANKS = 32
 """Meshes up to this size are replayed rank by rank."""
 
-FINE_TASKS = 150_000
+TASKS_PER_LAYER = 40  # forward and backward, with its collectives
+
+FINE_TASKS = 60_000
 """Above so many tasks an instruction is replayed as one task; equal to the fine replay where nothing overlaps."""
 
 NORMAL_80 = 1.2815515655446004  # half-width of a normal distribution's central 80%, in standard deviations
@@ -48,13 +54,14 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
         PlanError: the plan cannot be lowered.
         MachineError: the profile lacks a needed figure.
     """
-    replica = _Replayed(plan, machine)
+    replica = coarse_replay(plan, machine) if is_coarse(plan) else _Replayed(plan, machine)
     spans = replica.spans()
-    step_seconds = replica.makespan_seconds + machine.overheads.step_seconds
+    step_seconds = whole_step_seconds(plan, machine, replica.makespan_seconds)
     classes = rank_classes(plan)
     ranks = replica.ranks
-    figure = figures(spans, ranks, step_seconds)
-    kept = [[rank for rank in members if rank in replica.programs] for members in classes]
+    figure = replica.figures(spans, step_seconds)
+    replayed = set(ranks)
+    kept = [[rank for rank in members if rank in replayed] for members in classes]
     peaks = replica.peaks(classes)
     width = math.exp(NORMAL_80 * machine.residuals.step_log_sigma)
     tokens = plan.global_batch_size * plan.model.seq_len
@@ -84,11 +91,44 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
             part: _expand([peak.parts[part] for peak in peaks], classes, plan.mesh.world_size) for part in PARTS
         },
         rank_classes=classes,
-        operators=_operators(spans, kept, replica.payloads),
+        operators=replica.operators(spans, kept),
         trace=[(s.rank, s.stream, s.key, s.start, s.end, s.kind) for s in spans],
         low_seconds=step_seconds / width,
         high_seconds=step_seconds * width,
+        warnings=outside_ranges(plan, machine),
     )
+
+
+def whole_step_seconds(plan: Plan, machine: Machine, makespan_seconds: float) -> float:
+    """A step's seconds: the replay, what the framework adds to a step, all at the pace of the slowest host."""
+    world = plan.mesh.world_size
+    hosts = -(-world // machine.ranks_per_host(world))
+    return float((makespan_seconds + machine.overheads.step_seconds) * slowest_host_factor(machine, hosts))
+
+
+def outside_ranges(plan: Plan, machine: Machine) -> list[str]:
+    """What of a plan lies outside the range of the rows that the machine's figures were fitted on."""
+    values = {
+        "world_size": plan.mesh.world_size,
+        "micro_batch_size": plan.micro_batch_size,
+        **{axis: getattr(plan.mesh, axis) for axis in ("pp", "dp", "cp", "tp")},
+        **{name: getattr(plan.model, name) for name in ("layers", "hidden", "heads", "seq_len", "vocab")},
+    }
+    found = []
+    for name, (low, high) in machine.residuals.ranges.items():
+        value = values.get(name)
+        if value is not None and not low <= value <= high:
+            side, limit = ("<", low) if value < low else (">", high)
+            found.append(f"no measurement with {name} {side} {limit:g} stands behind this ({name}={value})")
+    return found
+
+
+def is_coarse(plan: Plan) -> bool:
+    """Whether a plan has so many tasks that it is replayed instruction by instruction."""
+    micro_batches = max(plan.parts.batch) // plan.micro_batch_size
+    tasks = micro_batches * plan.model.layers * TASKS_PER_LAYER
+    places = len(representatives(plan)) // plan.mesh.pp
+    return tasks * places > FINE_TASKS
 
 
 def step_flops(plan: Plan) -> float:
@@ -106,24 +146,18 @@ def _expand(values: list, classes: list[list[int]], world_size: int) -> list:  #
     return result
 
 
-def _operators(spans: list[Span], kept: list[list[int]], payloads: dict[str, int]) -> dict[str, OperatorTime]:
-    return operator_times(spans, kept, payloads)
-
-
 def representatives(plan: Plan) -> list[Coordinate]:
     """Coordinates to replay: all of a small mesh, else one per part size along each axis, for every pipeline rank."""
-    mesh, parts = plan.mesh, plan.parts
+    mesh, along = plan.mesh, axis_classes(plan)
     if mesh.world_size <= WHOLE_MESH_RANKS:
         return list(mesh.coordinates())
-    dp = _firsts(parts.batch)
-    cp = _firsts(parts.seq) if plan.seq_order == "zigzag" or not plan.model.causal else list(range(mesh.cp))
-    tp = _firsts(tuple(zip(parts.heads, parts.ffn, parts.vocab, strict=True)))
-    return [Coordinate(*at) for at in product(range(mesh.pp), dp, cp, tp)]
+    firsts = (_firsts(along[axis]) for axis in ("dp", "cp", "tp"))
+    return [Coordinate(*at) for at in product(range(mesh.pp), *firsts)]
 
 
-def _firsts(sizes: tuple) -> list[int]:  # type: ignore[type-arg]
-    """Index of the first part of each size."""
-    return sorted({size: i for i, size in reversed(list(enumerate(sizes)))}.values())
+def _firsts(classes: list[object]) -> list[int]:
+    """Index of the first of each class."""
+    return sorted({value: i for i, value in reversed(list(enumerate(classes)))}.values())
 
 
 @dataclass(slots=True)
@@ -161,18 +195,18 @@ class _Replayed:
                 if rank in self.ranks:
                     lowered[rank] = lower(plan, rank)
         self.programs = {rank: lowered[rank] for rank in self.ranks}
-        total = sum(len(step.tasks) for program in self.programs.values() for step in program.steps)
-        self.coarse = total > FINE_TASKS
         self.entries: list[_Entry] = []
         self._joins: dict[tuple[object, ...], int] = {}
-        self._sent: dict[tuple[object, ...], int] = {}
+        self._sent: dict[tuple[object, ...], tuple[int, float]] = {}  # the entry to wait for, time it still takes
         self._waiting: list[tuple[int, tuple[object, ...]]] = []
         for rank, program in self.programs.items():
             _Emitter(self, rank, program).run()
         for entry, message in self._waiting:
             if message not in self._sent:
                 raise PlanError(f"the schedule never sends {message}; check it with 'planner schedule'")
-            self.entries[entry].predecessors.append((self._sent[message], 0.0))
+            sender, blocked_seconds = self._sent[message]
+            self.entries[entry].predecessors.append((sender, 0.0))
+            self.entries[entry].seconds += blocked_seconds
         self.table = self._table()
         self.result: Replay = replay(self.table, lambda task: self.entries[task].key)
 
@@ -200,8 +234,17 @@ class _Replayed:
         found = []
         for members in classes:
             rank = next((rank for rank in members if rank in self.programs), None)
-            found.append(peak_memory(self.programs[rank] if rank is not None else lower(self.plan, members[0])))
+            program = self.programs[rank] if rank is not None else lower(self.plan, members[0])
+            found.append(peak_memory(program, self.machine.framework))
         return found
+
+    def figures(self, spans: list[Span], step_seconds: float) -> Figures:
+        """The figures of the step."""
+        return figures(spans, self.ranks, step_seconds)
+
+    def operators(self, spans: list[Span], kept: list[list[int]]) -> dict[str, OperatorTime]:
+        """Work of one step by key, per rank class."""
+        return operator_times(spans, kept, self.payloads)
 
     def spans(self) -> list[Span]:
         """Work and wait spans of every representative, in its own order."""
@@ -221,6 +264,7 @@ class _Replayed:
         return spans
 
 
+COMPUTE_OPS = ("F", "B", "I", "W")
 STREAMS = {"compute": 0, "data": 1}
 
 
@@ -234,50 +278,49 @@ class _Emitter:
     previous: int | None = None
     counts: dict[tuple[int, ...], int] = field(default_factory=lambda: defaultdict(int))
     started: dict[str, int] = field(default_factory=dict)
+    handed: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    priced: dict[int, tuple[list[float], float]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Walk the steps."""
-        pricer, at = self.replayed.pricer, self.program.at
         for step in self.program.steps:
-            for key, tasks, seconds in self._chunks(step):
-                task = tasks[0]
-                self._note(tasks)
-                if task.kind == "send":
-                    self._send(task, pricer.seconds(task, at))
-                elif task.kind == "receive":
-                    self._receive(task)
-                elif task.kind == "gradient_start":
-                    self._start(task, seconds)
-                elif task.kind == "gradient_wait":
-                    self._append(task.key, 0.0, [(self.started[task.name], 0.0)], -1, task.kind)
-                elif seconds or task.axis:
-                    group = self._group(task) if len(tasks) == 1 else None
-                    self._append(key, seconds, [], self.replayed.join(group) if group else -1, task.kind)
+            seconds, host_seconds = self._seconds(step)
+            for task, task_seconds in zip(step.tasks, seconds, strict=True):
+                self._task(task, task_seconds)
+            if host_seconds:
+                way = "forward" if step.op == "F" else "backward"
+                self._append(f"{step.stage}.host.dispatch.{way}", host_seconds, [], -1, "host")
 
-    def _chunks(self, step: Step) -> Iterator[tuple[str, tuple[Task, ...], float]]:
-        """The step's tasks one by one, or as few runs as their joins allow when the replay is coarse."""
+    def _seconds(self, step: Step) -> tuple[list[float], float]:
+        """Seconds of a step's tasks, and what the host adds; equal steps share their tasks and are priced once."""
         pricer, at = self.replayed.pricer, self.program.at
-        if not self.replayed.coarse or step.op == "U" or len(step.tasks) == 1:
-            for task in step.tasks:
-                yield task.key, (task,), pricer.seconds(task, at)
-            return
-        run: list[Task] = []
-        for task in step.tasks:
-            if task.kind == "gradient_start":
-                if run:
-                    yield f"{step.stage}.{step.op}", tuple(run), sum(pricer.seconds(t, at) for t in run)
-                run = []
-                yield task.key, (task,), pricer.seconds(task, at)
+        key = id(step.tasks)
+        if key not in self.priced:
+            if step.op in COMPUTE_OPS:
+                self.priced[key] = pricer.stretch(step.tasks, at, step.op)
             else:
-                run.append(task)
-        if run:
-            yield f"{step.stage}.{step.op}", tuple(run), sum(pricer.seconds(t, at) for t in run)
+                self.priced[key] = ([pricer.seconds(task, at) for task in step.tasks], 0.0)
+        return self.priced[key]
 
-    def _note(self, tasks: tuple[Task, ...]) -> None:
-        for task in tasks:
-            if task.axis and self.rank == self.replayed.ranks[0]:
-                payloads = self.replayed.payloads
-                payloads[task.key] = payloads.get(task.key, 0) + int(task.work.bytes)
+    def _task(self, task: Task, seconds: float) -> None:
+        self._note(task)
+        if task.kind == "send":
+            self._send(task, seconds)
+        elif task.kind == "receive":
+            self._receive(task)
+        elif task.kind == "gradient_start":
+            self._start(task, seconds)
+        elif task.kind == "gradient_wait":
+            self._append(task.key, 0.0, [(self.started[task.name], 0.0)], -1, task.kind)
+        elif seconds or task.axis:
+            group = self._group(task)
+            self._append(task.key, seconds, [], self.replayed.join(group) if group else -1, task.kind)
+
+    def _note(self, task: Task) -> None:
+        """Count what the rank hands to MPI; the busiest rank's total stands, as in a measurement."""
+        if task.axis:
+            self.handed[task.key] += int(task.work.bytes)
+            self.replayed.payloads[task.key] = max(self.replayed.payloads.get(task.key, 0), self.handed[task.key])
 
     def _append(
         self,
@@ -316,15 +359,20 @@ class _Emitter:
         return (a["from"], a["to"], a["micro_batch"], at.dp, at.cp, at.tp)
 
     def _send(self, task: Task, seconds: float) -> None:
-        """The message travels on its own; the sender goes on at once."""
+        """The message travels on its own and the sender goes on at once; a blocking one takes the receiver's time."""
+        replayed, message = self.replayed, self._message(task)
+        if replayed.machine.framework.blocking_messages and self.previous is not None:
+            replayed._sent[message] = (self.previous, seconds)
+            return
         before = [] if self.previous is None else [(self.previous, 0.0)]
-        entries = self.replayed.entries
+        entries = replayed.entries
         stream = 2 + 2 * int(task.attributes["to"]) + int(task.key.endswith("backward"))
         entries.append(_Entry(self.rank, task.key, stream, seconds, before, -1, "send", "pp"))
-        self.replayed._sent[self._message(task)] = len(entries) - 1
+        replayed._sent[message] = (len(entries) - 1, 0.0)
 
     def _receive(self, task: Task) -> None:
-        entry = self._append(task.key, 0.0, [], -1, "receive")
+        exchange = self.replayed.pricer.exchange
+        entry = self._append(task.key, exchange, [], -1, "receive")
         self.replayed._waiting.append((entry, self._message(task)))
 
     def _start(self, task: Task, seconds: float) -> None:

@@ -11,18 +11,25 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planner.cost import (
+    Flag,
     Seconds,
     Size,
     collective_seconds,
+    dispatched_seconds,
+    exposed_seconds,
+    fused_attention_seconds,
     gemm_seconds,
     kernel_seconds,
     oversubscription_factor,
     p2p_seconds,
 )
-from planner.machine import Collective, Machine
+from planner.machine import Collective, Machine, MeasuredCollective
+from planner.measured_cost import measured_seconds
+from planner.memory import MIXED_PRECISIONS
 from planner.mesh import Coordinate
 from planner.plan import Plan
 from planner.program.tasks import Task, Work
+from planner.program.update import MASTER_BYTES
 
 COLLECTIVES: dict[str, Collective] = {
     "all_reduce": "all_reduce",
@@ -48,6 +55,13 @@ FREE = ("slice", "parameter_drop", "gradient_wait", "receive", "post_receive", "
 """Kinds that take no time of their own: views, bookkeeping, waits for what another task does."""
 
 
+OVERLAPPABLE = ("parameter_gather", "gradient_reduce_scatter")
+"""Kinds that ZeRO puts between operators and that a framework may fetch ahead of, or finish behind, the compute."""
+
+SCALARS = ("loss_sum", "gradient_norm")
+"""Sums of a few bytes over all ranks; NCCL takes a tree for them whatever it does with large buffers."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a group sits: its size, how many of it share a host, and how many such groups share that host's links."""
@@ -57,16 +71,33 @@ class Place:
     concurrent: Size
 
 
+def task_precision(task: Task, precision: str) -> str:
+    """Precision in which a task computes: the head stays in 16 bits when layers run in fp8.
+
+    Micikevicius et al. 2022 (arXiv 2209.05433), section 3; Transformer Engine and torchtitan do the same.
+    """
+    return "bfloat16" if precision == "fp8" and ".head." in task.key else precision
+
+
 def compute_seconds(
     machine: Machine, task: Task, precision: str, threads: Size = 1, ranks_per_host: Size = 1
 ) -> Seconds:
     """Seconds of an operator's task on a core or device of its own."""
     work = task.work
+    if machine.device.kind == "cpu":
+        measured = measured_seconds(machine, task.kind, work, precision, threads, ranks_per_host)
+        if measured is not None:
+            return measured
     kind, _, way = task.kind.partition(".")
     if kind == "linear":
-        return gemm_seconds(machine, work.m, work.n, work.k, work.batch, precision, threads)
+        product = gemm_seconds(machine, work.m, work.n, work.k, work.batch, precision, threads)
+        return product + _cast_seconds(machine, work) if precision == "fp8" else product
+    if kind in ("attention_blocked", "attention_step") and machine.device.kind == "gpu":
+        return _fused_attention_seconds(machine, work, precision, backward=way == "backward")
     if kind in ("attention_plain", "attention_blocked", "attention_step"):
-        products = gemm_seconds(machine, work.m, work.n, work.k, work.batch, precision, threads)
+        curve = machine.device.batched_gemm
+        precision = "bfloat16" if precision == "fp8" else precision
+        products = gemm_seconds(machine, work.m, work.n, work.k, work.batch, precision, threads, curve)
         name = "softmax_backward" if way == "backward" else "softmax"
         softmax = kernel_seconds(machine, name, work.elements, np.multiply(4, work.elements), precision, ranks_per_host)
         return np.asarray((products + softmax) * (1.0 if kind == "attention_plain" else work.share))
@@ -74,14 +105,106 @@ def compute_seconds(
     return kernel_seconds(machine, name, work.elements, work.bytes, precision, ranks_per_host)
 
 
-def group_seconds(machine: Machine, task: Task, place: Place, *, scattered: bool = False) -> Seconds:
-    """Seconds of a collective's task; `scattered` for an early gradient reduction into shards (ZeRO)."""
+def _cast_seconds(machine: Machine, work: Work) -> Seconds:
+    """Seconds to scale and convert both operands of an fp8 product: 2 bytes read, 1 written, and the transpose kept."""
+    elements = np.multiply(work.m, work.k) + np.multiply(work.k, work.n)
+    return kernel_seconds(machine, "cast", elements, 3.0 * elements, "bfloat16")
+
+
+def _fused_attention_seconds(machine: Machine, work: Work, precision: str, *, backward: bool) -> Seconds:
+    """Seconds of a fused kernel whose Work counts products: `fused_attention_seconds` with 2 forward, 5 backward.
+
+    fp8 training keeps attention in 16 bits.
+    """
+    precision = "bfloat16" if precision == "fp8" else precision
+    products = 5 if backward else 2
+    # One "batch" of heads: the formula only uses the product batch x heads and the share of visible pairs.
+    heads = np.multiply(work.batch, work.share) / products
+    return fused_attention_seconds(machine, heads, 1, work.m, work.n, work.k, precision, backward=backward)
+
+
+def launches(machine: Machine, task: Task) -> int:
+    """Number of kernels that the host dispatches for an operator's task; calls of its kind as in the profile."""
+    kind, _, way = task.kind.partition(".")
+    if kind == "linear":
+        return 1
+    kernels = machine.device.kernels
+    products = 0
+    if kind.startswith("attention"):
+        if kind != "attention_plain" and machine.device.kind == "gpu":
+            return 1
+        kind, products = "softmax", 4 if way == "backward" else 2
+    names = (f"{kind}_backward" if way.startswith("backward") else kind, kind, "default")
+    return products + next((kernels[name].calls for name in names if name in kernels), 1)
+
+
+def group_seconds(
+    machine: Machine, task: Task, place: Place, *, scattered: bool = False, mixed: bool = False,
+    algorithm: str | None = None,
+) -> Seconds:  # fmt: skip
+    """Seconds of a collective's task.
+
+    Args:
+        machine: the profile.
+        task: the collective.
+        place: where its group sits.
+        scattered: an early gradient reduction goes into shards (ZeRO).
+        mixed: 16-bit or fp8 training, where the framework's own gradient and parameter bytes apply.
+        algorithm: the one that the plan fixed, where the profile has measured them; None for the machine's choice.
+    """
     operation = COLLECTIVES[task.kind]
     if task.kind == "gradient_start" and scattered:
         operation = "reduce_scatter"
-    return collective_seconds(
-        machine, operation, task.work.full_bytes, place.size, place.on_host, None, place.concurrent
-    )
+    if task.kind in SCALARS and machine.algorithm(operation) == "ring":
+        algorithm = "tree"
+    payload = np.multiply(task.work.full_bytes, stored_fraction(machine, task.kind) if mixed else 1.0)
+    seconds = collective_seconds(machine, operation, payload, place.size, place.on_host, algorithm, place.concurrent)
+    extra = machine.link_in_host.in_place.get(operation)
+    if extra is None or task.kind in SCALARS:
+        return seconds
+    added = extra.latency_seconds + np.multiply(extra.seconds_per_byte, payload)
+    return np.asarray(np.where(np.greater(seconds, 0), seconds + added, 0.0))[()]
+
+
+def stored_fraction(machine: Machine, kind: str) -> float:
+    """Bytes of a parameter or gradient as the framework sends it, over the program's 4 (float32)."""
+    framework = machine.framework
+    if kind in ("parameter_gather", "parameter_all_gather"):
+        stored = framework.parameter_bytes
+    elif "gradient" in kind and kind not in SCALARS:
+        stored = framework.gradient_bytes
+    else:
+        stored = None
+    return 1.0 if stored is None else stored / MASTER_BYTES
+
+
+def message_seconds(
+    machine: Machine, payload_bytes: Size, same_host: Flag, concurrent: Size, tp: Size = 1, *, whole: bool = True
+) -> Seconds:
+    """Seconds of a pipeline message of one rank; `whole` if every rank of the tensor axis holds all of it.
+
+    A scattering framework sends each rank's 1/tp of a whole tensor to another host and gathers it there over NVLink
+    (Narayanan et al. 2021, section 4.1).
+    """
+    plain = p2p_seconds(machine, payload_bytes, same_host, concurrent)
+    if not (machine.framework.scattered_messages and whole):
+        return plain
+    part = p2p_seconds(machine, np.divide(payload_bytes, tp), same_host, concurrent)
+    gather = collective_seconds(machine, "all_gather", payload_bytes, tp)
+    return np.asarray(np.where(same_host, plain, part + gather))[()]
+
+
+def stretch_seconds(
+    machine: Machine, own_seconds: Size, overlappable_seconds: Size, kernels: Size, collectives: Size, op: str
+) -> Seconds:
+    """Seconds of one instruction (F, B, I or W of a stage on one micro-batch): a stretch that the host queues ahead.
+
+    Device time is the operators' and the exposed collectives'; the host's dispatch may be slower. F, B and I each carry
+    half of what the framework adds to a micro-batch.
+    """
+    device = own_seconds + exposed_seconds(machine, overlappable_seconds, own_seconds)
+    around = 0.0 if op == "W" else machine.overheads.micro_batch_seconds / 2
+    return dispatched_seconds(machine, device, kernels, collectives) + around
 
 
 @dataclass
@@ -90,15 +213,14 @@ class Pricer:
 
     plan: Plan
     machine: Machine
-    _seconds: dict[tuple[str, str | None, Work, int], float] = field(default_factory=dict)
+    _seconds: dict[tuple[str, str | None, Work, int, bool], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Ranks fill hosts in order; a CPU profile describes one host, which takes them all."""
+        """Ranks fill hosts in order."""
         plan, machine = self.plan, self.machine
         world = plan.mesh.world_size
-        per_host = world if machine.device.kind == "cpu" else machine.devices_per_host
-        self.ranks_per_host = min(world, per_host)
-        self.one_host = world <= per_host
+        self.ranks_per_host = machine.ranks_per_host(world)
+        self.one_host = world <= self.ranks_per_host
         self.precision = plan.training.precision
         self.slowdown = float(oversubscription_factor(machine, self.ranks_per_host, plan.training.threads_per_rank))
 
@@ -107,27 +229,70 @@ class Pricer:
         if task.kind in FREE:
             return 0.0
         place = 0 if self.one_host and not self.machine.relative_speeds else self.plan.mesh.rank(at)
-        key = (task.kind, task.axis, task.work, place)
+        key = (task.kind, task.axis, task.work, place, ".head." in task.key)
         known = self._seconds.get(key)
         if known is None:
             known = self._seconds[key] = self._price(task, at)
         return known
 
+    def stretch(self, tasks: tuple[Task, ...], at: Coordinate, op: str) -> tuple[list[float], float]:
+        """Seconds of each task of an instruction, as far as nothing hides them, and the host's time beyond their sum.
+
+        Gradient reductions that start on a stream of their own are priced whole and left out of the sum.
+        """
+        seconds = [self.seconds(task, at) for task in tasks]
+        inside = [(task, s) for task, s in zip(tasks, seconds, strict=True) if task.kind != "gradient_start"]
+        fetched = sum(s for task, s in inside if task.kind in OVERLAPPABLE)
+        own = sum(s for _, s in inside) - fetched
+        kernels = sum(launches(self.machine, task) for task, _ in inside if not communicates(task))
+        collectives = sum(1 for task, s in inside if s and communicates(task))
+        total = float(stretch_seconds(self.machine, own, fetched, kernels, collectives, op))
+        exposed = float(exposed_seconds(self.machine, fetched, own))
+        if fetched:
+            share = exposed / fetched
+            seconds = [s * share if t.kind in OVERLAPPABLE else s for t, s in zip(tasks, seconds, strict=True)]
+        return seconds, max(0.0, total - own - exposed)
+
     def _price(self, task: Task, at: Coordinate) -> float:
         if task.kind in COLLECTIVES:
+            own = self._own_part(task)
             if self.plan.mesh.world_size == 1:
-                return 0.0
-            return float(group_seconds(self.machine, task, self._place(task, at), scattered=self.plan.zero_stage > 0))
+                return own
+            scattered, mixed = self.plan.zero_stage > 0, self.precision in MIXED_PRECISIONS
+            place = self.place(task, at)
+            chosen = self._algorithm(task, place)
+            moved = group_seconds(self.machine, task, place, scattered=scattered, mixed=mixed, algorithm=chosen)
+            return own + float(moved)
         if task.kind in MESSAGES:
             return self._message(task, at)
         threads = self.plan.training.threads_per_rank
-        alone = float(compute_seconds(self.machine, task, self.precision, threads, self.ranks_per_host))
+        precision = task_precision(task, self.precision)
+        alone = float(compute_seconds(self.machine, task, precision, threads, self.ranks_per_host))
         return alone * self.slowdown / self.machine.relative_speed(self.plan.mesh.rank(at))
 
-    def _place(self, task: Task, at: Coordinate) -> Place:
+    def _own_part(self, task: Task) -> float:
+        """Seconds that a rank computes inside a collective's task: its own share of the gradient norm, where timed."""
+        if task.kind != "gradient_norm" or task.kind not in self.machine.device.kernels:
+            return 0.0
+        seconds = compute_seconds(self.machine, task, self.precision, 1, self.ranks_per_host)
+        return float(seconds) * self.slowdown
+
+    def _algorithm(self, task: Task, place: Place) -> str | None:
+        """The algorithm that the executor will use, where they were timed one by one."""
+        measured = measured_tables(self.machine, place)
+        if not measured:
+            return None
+        operation, fixed = COLLECTIVES[task.kind], self.plan.collectives
+        chosen = fixed.get(f"{task.axis}.{operation}", fixed.get(operation, "native"))
+        chosen = "native" if task.kind in SCALARS else chosen
+        known = any(t.operation == operation and t.algorithm == chosen for t in measured)
+        return chosen if known else None
+
+    def place(self, task: Task, at: Coordinate) -> Place:
+        """Where the group of a collective sits that the rank at `at` takes part in."""
         mesh, axis = self.plan.mesh, task.axis or "world"
         if axis == "tie":
-            ranks = (mesh.rank(at._replace(pp=0)), mesh.rank(at._replace(pp=mesh.pp - 1)))
+            ranks: tuple[int, ...] = (mesh.rank(at._replace(pp=0)), mesh.rank(at._replace(pp=mesh.pp - 1)))
         else:
             ranks = mesh.group(axis, at)
         on_host = int(np.ceil(len(ranks) / mesh.hosts(ranks, self.ranks_per_host)))
@@ -138,4 +303,32 @@ class Pricer:
         neighbour = mesh.rank(at._replace(cp=(at.cp + 1) % mesh.cp))
         peer = int(task.attributes.get("peer", neighbour))
         same = rank // self.ranks_per_host == peer // self.ranks_per_host
-        return float(p2p_seconds(self.machine, task.work.full_bytes, same, self.ranks_per_host))
+        if task.kind != "send":
+            seconds = float(p2p_seconds(self.machine, task.work.full_bytes, same, self.ranks_per_host))
+            extra = self.machine.link_in_host.in_place.get("send")
+            if extra is None or not seconds:
+                return seconds
+            return seconds + extra.latency_seconds + extra.seconds_per_byte * float(task.work.full_bytes)
+        return self.message(task.work.full_bytes, same)
+
+    @property
+    def exchange(self) -> float:
+        """Host time of receiving one message."""
+        return self.machine.overheads.exchange_seconds
+
+    def message(self, payload_bytes: Size, same_host: bool) -> float:
+        """Seconds of one message between pipeline stages."""
+        whole = self.plan.mesh.tp > 1 and not self.plan.sequence_parallel
+        tp = min(self.plan.mesh.tp, self.ranks_per_host)
+        return float(message_seconds(self.machine, payload_bytes, same_host, self.ranks_per_host, tp, whole=whole))
+
+
+def measured_tables(machine: Machine, place: Place) -> tuple[MeasuredCollective, ...]:
+    """What was timed of the link that a group crosses: the one inside a host, or the one between hosts."""
+    inside = place.on_host >= place.size
+    return machine.link_in_host.measured if inside else machine.link_between_hosts.measured
+
+
+def communicates(task: Task) -> bool:
+    """Whether a task is a collective or a message rather than an operator."""
+    return task.kind in COLLECTIVES or task.kind in MESSAGES

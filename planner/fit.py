@@ -1,0 +1,374 @@
+"""fit: figures of a machine's profile from published measurements, by robust nonlinear least squares.
+
+Theory of operation. Every row becomes the skeleton of its plan. A round replays all of them with the present figures
+and keeps, per row, how often each unit stands on the critical path: the makespan is the maximum of linear functions of
+the units' seconds, and these counts are the one that holds here (its gradient, by Danskin's theorem). Least squares
+then moves the figures under those counts; a few rounds suffice, because a critical path seldom changes.
+
+Only figures that all rows of the machine share are moved, never one row, model or layout. Each starts from the profile
+it extends and is drawn to that value by a log-normal prior, so that what the rows do not determine stays a datasheet's.
+Rows with the same kernels (equal widths, tp and micro-batch) are one operating point, however many there are: each
+point weighs the root of its rows, and cross-validation leaves whole points out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from planner.bulk import Bulk
+from planner.cost import slowest_host_factor
+from planner.errors import DataError, MachineError
+from planner.footprint import footprint_bytes, process_groups, split_parts
+from planner.machine import Machine
+from planner.memory import pipeline_peaks
+from planner.published import PublishedRow
+from planner.skeleton import Skeleton
+
+Floats = NDArray[np.float64]
+
+
+class Figure(NamedTuple):
+    """A figure that may be fitted: its dotted path, the width of its prior (natural logarithm), its largest value."""
+
+    path: str
+    log_sigma: float
+    largest: float = math.inf
+
+
+FIGURES = (
+    Figure("device.gemm.default.fraction", 0.12, 0.97),
+    Figure("device.gemm.default.half_depth", 1.0),
+    Figure("device.gemm.default.misaligned_rate", 0.7, 1.0),
+    Figure("device.gemm.fp8.fraction", 0.2, 0.97),
+    Figure("device.batched_gemm.fraction", 0.4, 0.97),
+    Figure("device.batched_gemm.misaligned_rate", 0.7, 1.0),
+    Figure("device.attention_fraction.default", 0.3, 0.97),
+    Figure("device.attention_backward_fraction.default", 0.3, 0.97),
+    Figure("device.kernels.default.bandwidth_fraction", 0.2, 1.0),
+    Figure("device.kernels.softmax.bandwidth_fraction", 0.3, 1.0),
+    Figure("device.kernels.optimizer.bandwidth_fraction", 0.3, 1.0),
+    Figure("device.kernels.cast.bandwidth_fraction", 0.5, 1.0),
+    Figure("link_in_host.efficiency.default", 0.25, 1.0),
+    Figure("link_in_host.latency_seconds", 1.0),
+    Figure("link_in_host.call_seconds", 0.8),
+    Figure("link_between_hosts.efficiency.default", 0.3, 1.0),
+    Figure("link_between_hosts.latency_seconds", 0.8),
+    Figure("overheads.dispatch_seconds", 0.8),
+    Figure("overheads.collective_dispatch_seconds", 1.0),
+    Figure("overheads.micro_batch_seconds", 1.0),
+    Figure("overheads.step_seconds", 1.0),
+    Figure("overheads.exchange_seconds", 1.0),
+    Figure("overheads.host_speed_sigma", 0.3),
+    Figure("overheads.overlap_fraction", 0.3, 1.0),
+)
+"""What a fit may move; a figure that the profile lacks, or has at zero, is left out."""
+
+
+class MemoryFigure(NamedTuple):
+    """A memory figure that may be fitted, and the kind of measurement that first shows it."""
+
+    path: str
+    log_sigma: float
+    kind: str
+
+
+MEMORY_FIGURES = (
+    MemoryFigure("memory.activation_fraction", 0.3, "allocated"),
+    MemoryFigure("memory.workspace_bytes", 1.0, "allocated"),
+    MemoryFigure("memory.fragmentation_fraction", 0.7, "reserved"),
+    MemoryFigure("memory.context_bytes", 0.5, "nvidia-smi"),
+)
+
+LOSS_SCALE = 0.03  # relative error at which a row's pull stops growing
+ROUNDS = 4
+FOLDS = 5
+RANGED = {
+    "model": ("hidden", "layers", "seq_len"),
+    "mesh": ("pp", "dp", "cp", "tp"),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A machine with fitted figures, and how well it does on the rows it was fitted on and on rows left out."""
+
+    machine: Machine
+    rows: list[PublishedRow]
+    predicted_seconds: Floats
+    held_out_seconds: Floats  # each row by a fit that saw no row of its operating point; nan where not asked for
+
+    def errors(self) -> list[tuple[str, int, float, float | None]]:
+        """Per source: rows, mean absolute relative error as fitted, and held out (None where that was not asked)."""
+        sources = np.array([row.source for row in self.rows])
+        measured = np.array([row.measured_seconds for row in self.rows], float)
+        found = []
+        for source in dict.fromkeys(sources.tolist()):
+            own = sources == source
+            fitted = float(np.mean(np.abs(self.predicted_seconds[own] / measured[own] - 1)))
+            held_out = float(np.mean(np.abs(self.held_out_seconds[own] / measured[own] - 1)))
+            found.append((source, int(own.sum()), fitted, None if math.isnan(held_out) else held_out))
+        return found
+
+
+@dataclass
+class Problem:
+    """Rows of one machine, laid out once; fitted on any subset of them."""
+
+    machine: Machine
+    rows: list[PublishedRow]
+
+    @cached_property
+    def distinct(self) -> tuple[list[Skeleton], NDArray[np.int64]]:
+        """Skeletons of the distinct plans, and the one of each row."""
+        plans = {row.plan.hash: row.plan for row in self.rows}
+        place = {key: i for i, key in enumerate(plans)}
+        skeletons = [Skeleton.of(plan, self.machine) for plan in plans.values()]
+        return skeletons, np.array([place[row.plan.hash] for row in self.rows])
+
+    @cached_property
+    def bulk(self) -> Bulk:
+        """All units."""
+        return Bulk(self.distinct[0], self.machine)
+
+    @cached_property
+    def measured(self) -> Floats:
+        """Measured seconds of every row."""
+        return np.array([row.measured_seconds for row in self.rows], float)
+
+    @cached_property
+    def points(self) -> list[tuple[object, ...]]:
+        """The operating point of every row: what its kernels look like; its plan where all rows look alike."""
+        points = [operating_point(row) for row in self.rows]
+        return points if len(set(points)) >= FOLDS else [(row.plan.hash,) for row in self.rows]
+
+    @cached_property
+    def weights(self) -> Floats:
+        """Of residuals: an operating point of n rows weighs sqrt(n) in the sum of squares."""
+        count = Counter(self.points)
+        return np.array([count[point] ** -0.25 for point in self.points])
+
+    def around(self, machine: Machine, makespans: Floats) -> Floats:
+        """Step seconds of every row from the makespans of the distinct plans."""
+        of_row = makespans[self.distinct[1]]
+        hosts = np.array([max(1, -(-row.plan.mesh.world_size // machine.devices_per_host)) for row in self.rows])
+        return (of_row + machine.overheads.step_seconds) * slowest_host_factor(machine, hosts)
+
+    def replayed(self, machine: Machine) -> tuple[Floats, list[Floats]]:
+        """Exact makespans of the distinct plans, and the critical path's counts of each."""
+        seconds, offsets = self.bulk.unit_seconds(machine), self.bulk.offsets
+        found = [
+            skeleton.critical_counts(seconds[first : first + len(skeleton.units)])
+            for skeleton, first in zip(self.distinct[0], offsets[:-1].tolist(), strict=True)
+        ]
+        return np.array([makespan for makespan, _ in found]), [counts for _, counts in found]
+
+    def predict(self, machine: Machine) -> Floats:
+        """Step seconds of every row."""
+        return self.around(machine, self.replayed(machine)[0])
+
+    def fit(self, use: NDArray[np.bool_], start: Machine | None = None, rounds: int = ROUNDS) -> Machine:
+        """The machine with figures fitted on the rows in `use`."""
+        figures = fittable(self.machine)
+        prior = np.log([self.machine.figure(figure.path) for figure in figures])
+        widths = np.array([figure.log_sigma for figure in figures])
+        upper = np.minimum(prior + 4 * widths, np.log([figure.largest for figure in figures]))
+        lower, upper = prior - 4 * widths, np.maximum(upper, prior + 1e-6)
+        current = start or self.machine
+        at = np.clip(np.log([current.figure(figure.path) for figure in figures]), lower + 1e-9, upper - 1e-9)
+        for _ in range(rounds):
+            _, counts = self.replayed(self._with(figures, at))
+            matrix = np.zeros((len(counts), int(self.bulk.offsets[-1])))
+            for i, (row, first) in enumerate(zip(counts, self.bulk.offsets[:-1].tolist(), strict=True)):
+                matrix[i, first : first + len(row)] = row
+            linear = _compressed(matrix)
+
+            def residuals(x: Floats, linear: _Linear = linear) -> Floats:
+                machine = self._with(figures, x)
+                step = self.around(machine, linear.makespans(self.bulk.unit_seconds(machine)))
+                off = (np.log(step / self.measured) * self.weights / LOSS_SCALE)[use]
+                return np.concatenate([_soft(off), (x - prior) / widths])
+
+            solved = least_squares(residuals, at, bounds=(lower, upper), x_scale=np.minimum(widths, 0.5), max_nfev=25)
+            moved, at = float(np.max(np.abs(solved.x - at))), solved.x
+            if moved < 1e-3:
+                break
+        return self._with(figures, at)
+
+    def _with(self, figures: Sequence[Figure], logs: Floats) -> Machine:
+        values = {figure.path: float(np.exp(x)) for figure, x in zip(figures, logs, strict=True)}
+        for path in list(values):
+            values[path] = min(values[path], next(f.largest for f in figures if f.path == path))
+        return self.machine.with_figures(values)
+
+
+class _Linear(NamedTuple):
+    """Makespans as counts of the units that any critical path holds."""
+
+    units: NDArray[np.int64]
+    counts: Floats
+
+    def makespans(self, unit_seconds: Floats) -> Floats:
+        """Makespan of every plan under the critical paths that were found."""
+        return np.asarray(self.counts @ unit_seconds[self.units])
+
+
+def _compressed(matrix: Floats) -> _Linear:
+    units = np.flatnonzero(matrix.any(axis=0))
+    return _Linear(units, matrix[:, units])
+
+
+def _soft(residuals: Floats) -> Floats:
+    """The soft-L1 loss as a residual: grows like the root of an error beyond the scale (Charbonnier et al. 1994)."""
+    return np.asarray(np.sign(residuals) * np.sqrt(2 * (np.sqrt(1 + residuals**2) - 1)))
+
+
+def operating_point(row: PublishedRow) -> tuple[object, ...]:
+    """What the kernels of a row look like, whatever the number of layers, micro-batches and replicas."""
+    model, plan = row.plan.model, row.plan
+    return (
+        row.source, model.hidden, model.ffn_hidden, model.heads, model.seq_len, plan.mesh.tp, plan.mesh.cp,
+        plan.micro_batch_size, plan.recompute, plan.sequence_parallel, plan.training.precision,
+    )  # fmt: skip
+
+
+def fittable(machine: Machine) -> list[Figure]:
+    """The figures of FIGURES that the machine has, above zero."""
+    found = []
+    for figure in FIGURES:
+        try:
+            value = machine.figure(figure.path)
+        except MachineError:
+            continue
+        if value > 0:
+            found.append(figure)
+    return found
+
+
+def with_priors(machine: Machine, base: Machine) -> Machine:
+    """The machine with every figure that a fit moves back at the value of the profile it extends.
+
+    So a fit repeated on its own result starts from the same priors and ends where it did.
+    """
+    changes: dict[str, object] = {}
+    for path in [figure.path for figure in fittable(machine)] + [figure.path for figure in MEMORY_FIGURES]:
+        with suppress(MachineError):
+            changes[path] = base.figure(path)
+    return machine.with_figures(changes)
+
+
+def fit_machine(
+    machine: Machine, rows: Sequence[PublishedRow], files: Sequence[str], date: str, *, cross_validate: bool = True
+) -> Fit:
+    """Fit a machine's figures on rows.
+
+    Args:
+        machine: the profile to start from; its figures are the priors.
+        rows: measured rows; those without a time are left out.
+        files: names of the files that the rows come from, for the provenance.
+        date: the day of the fit, for the provenance.
+        cross_validate: also predict each operating point by a fit without it.
+
+    Raises:
+        DataError: fewer than three measured rows.
+    """
+    measured = [row for row in rows if row.measured_seconds is not None]
+    if len(measured) < 3:
+        msg = f"{len(measured)} measured rows for machine '{machine.name}'; a fit needs at least 3"
+        raise DataError(msg)
+    problem = Problem(machine, measured)
+    fitted = problem.fit(np.ones(len(measured), bool))
+    predicted = problem.predict(fitted)
+    held_out = _cross_validated(problem, fitted) if cross_validate else np.full(len(measured), np.nan)
+    fitted = _with_memory_figures(problem, fitted)
+    note = f"fitted on {', '.join(files)}, {len(measured)} rows, {date}"
+    return Fit(_documented(machine, fitted, measured, predicted, held_out, note), measured, predicted, held_out)
+
+
+def _with_memory_figures(problem: Problem, machine: Machine) -> Machine:
+    """The machine with its memory figures fitted on the rows that state memory; unchanged where none does."""
+    place = problem.distinct[1]
+    weighed = [(i, row) for i, row in enumerate(problem.rows) if row.measured_gib is not None]
+    if not weighed:
+        return machine
+    needed = {int(place[i]) for i, _ in weighed}
+    peaks = {
+        i: np.array([split_parts(p.parts) for p in pipeline_peaks(problem.distinct[0][i], machine.framework)]).T
+        for i in needed
+    }
+    kinds = {row.memory_kind for _, row in weighed}
+    figures = [
+        each for each in MEMORY_FIGURES if each.kind in kinds or (each.kind == "reserved" and "nvidia-smi" in kinds)
+    ]
+    figures += [each for each in MEMORY_FIGURES if each.kind == "allocated" and each not in figures]
+    start = np.log([machine.figure(each.path) for each in figures])
+    widths = np.array([each.log_sigma for each in figures])
+
+    def changed(x: Floats) -> Machine:
+        return machine.with_figures({f.path: float(np.exp(v)) for f, v in zip(figures, x, strict=True)})
+
+    def residuals(x: Floats) -> Floats:
+        tried = changed(x)
+        off = [
+            float(np.max(_seen(tried, peaks[int(place[i])], row))) / ((row.measured_gib or 1) * 2.0**30)
+            for i, row in weighed
+        ]
+        return np.concatenate([_soft(np.log(off) / LOSS_SCALE), (x - start) / widths])
+
+    return changed(least_squares(residuals, start, x_scale=widths, max_nfev=50).x)
+
+
+def _seen(machine: Machine, peaks: Floats, row: PublishedRow) -> Floats:
+    """Bytes seen of every pipeline rank, given its (state, activation) bytes as rows of `peaks`."""
+    seen = footprint_bytes(machine, peaks[0], peaks[1], process_groups(row.plan), row.memory_kind)
+    return np.asarray(seen, float)
+
+
+def _cross_validated(problem: Problem, start: Machine) -> Floats:
+    """Predict every row by a fit that left its operating point out, in FOLDS folds of points."""
+    points = sorted(set(problem.points), key=str)
+    fold = {point: i % FOLDS for i, point in enumerate(points)}
+    folds = np.array([fold[point] for point in problem.points])
+    found = np.full(len(problem.rows), np.nan)
+    for i in sorted(set(folds.tolist())):
+        machine = problem.fit(folds != i, start, rounds=2)
+        found[folds == i] = problem.predict(machine)[folds == i]
+    return found
+
+
+def _documented(
+    before: Machine, fitted: Machine, rows: Sequence[PublishedRow], predicted: Floats, held_out: Floats, note: str
+) -> Machine:
+    """The fitted machine with provenance, spread and range of what it was fitted on."""
+    reference = np.where(np.isfinite(held_out), held_out, predicted)
+    off = np.log(np.array([row.measured_seconds for row in rows]) / reference)
+    # The 80% half-width over the normal's: robust against single rows that no figure explains.
+    sigma = float(np.quantile(np.abs(off), 0.8)) / 1.2815515655446004
+    ranges: dict[str, tuple[float, float]] = {"world_size": _range([row.plan.mesh.world_size for row in rows])}
+    for owner, names in RANGED.items():
+        for name in names:
+            ranges[name] = _range([getattr(getattr(row.plan, owner), name) for row in rows])
+    changes: dict[str, object] = {
+        "residuals.provenance": note,
+        "residuals.step_log_sigma": round(max(sigma, 0.01), 4),
+        "residuals.ranges": ranges,
+    }
+    for group in ("device", "link_in_host", "link_between_hosts", "overheads", "memory"):
+        plain = before.figure_provenance(group).split("; figures fitted on ", maxsplit=1)[0]
+        changes[f"{group}.provenance"] = f"{plain}; figures {note}"
+    for path in [figure.path for figure in fittable(before)] + [figure.path for figure in MEMORY_FIGURES]:
+        changes[path] = float(f"{fitted.figure(path):.4g}")
+    return before.with_figures(changes)
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return float(min(values)), float(max(values))
