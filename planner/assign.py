@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from planner.admissible import admissible, transition, weight_layouts
+from planner.cost import oversubscription_factor
 from planner.errors import PlanError
 from planner.estimate import ArraySizes, Structure
-from planner.graph import SPLIT_UNIT, Operator, split_unit
-from planner.layout import Layout, Partial, Shard, Signature, redistribution, signatures
+from planner.graph import Operator, split_unit
+from planner.layout import Layout, Partial, Shard, Signature
 from planner.machine import Machine
 from planner.model import ModelSpec
-from planner.plan import Plan, weight_layouts
+from planner.plan import Plan
 from planner.price import COLLECTIVES, FREE, Place, compute_seconds, group_seconds
 from planner.program.backward import StageBackward
 from planner.program.rank import ITEM_BYTES, blocks
@@ -92,8 +94,8 @@ class _Problem:
     def __init__(self, plan: Plan, machine: Machine) -> None:
         self.plan, self.machine = plan, machine
         self.model = _short(plan.model)
-        per_host = plan.mesh.world_size if machine.device.kind == "cpu" else machine.devices_per_host
-        self.per_host = min(plan.mesh.world_size, per_host)
+        self.per_host = machine.ranks_per_host(plan.mesh.world_size)
+        self.slowdown = oversubscription_factor(machine, self.per_host, plan.training.threads_per_rank)
         self.nodes = [self._node(o, name) for name, ops in self._blocks().items() for o in ops]
         self.tensors = self._tensors()
         for node in self.nodes:
@@ -105,18 +107,7 @@ class _Problem:
 
     def _node(self, operator: Operator, block: str) -> _Node:
         weight = float(self.plan.model.layers) if block == LAYER else 1.0
-        known = signatures(operator.kind, *operator.split).values()
-        return _Node(operator, weight, [s for s in known if self._admits(operator, s)])
-
-    def _admits(self, operator: Operator, signature: Signature) -> bool:
-        """Whether the operator's tensors have the dimensions that a signature shards on the tensor axis."""
-        if signature.name in ("batch", "ring", "allgather"):
-            return False
-        if signature.name == "seq" and operator.kind in ("embedding", "exp_sum", "loss", "attention"):
-            return False
-        shards = [layout.dim for layout in signature.outputs if isinstance(layout, Shard)]
-        units = [{split_unit(dim) for dim in tensor.dims} for tensor in operator.outputs]
-        return all(any(dim in unit for unit in units) or not operator.outputs[0].dims for dim in shards)
+        return _Node(operator, weight, list(admissible(operator.kind, operator.split, operator.outputs[0].dims)))
 
     def _tensors(self) -> list[_Tensor]:
         """Every tensor between the assigned operators; the layer's output feeds the layer again, and the head."""
@@ -156,7 +147,7 @@ class _Problem:
         """A stage of nothing but the tensor axis, in which one operator has the signature in question."""
         plan = self.plan
         structure = Structure(
-            self.model, plan.training, True, 1, plan.sequence_parallel, "allgather", "none", plan.attention
+            self.model, plan.training, True, False, plan.sequence_parallel, "allgather", "none", plan.attention
         )
         if operator is not None and signature is not None:
             chosen = structure.layouts | {operator.role: structure.layouts[operator.role] | {"tp": signature.name}}
@@ -174,7 +165,7 @@ class _Problem:
                 total += float(np.asarray(group_seconds(self.machine, task, place)).reshape(-1)[0])
             else:
                 one = compute_seconds(self.machine, task, training.precision, training.threads_per_rank, self.per_host)
-                total += float(np.asarray(one).reshape(-1)[0])
+                total += float(np.asarray(one * self.slowdown).reshape(-1)[0])
         return total
 
     def _operator_seconds(self, operator: Operator, signature: Signature) -> float:
@@ -204,35 +195,37 @@ class _Problem:
         return self._seconds(tasks) + self._parameter_seconds(operator, signature, forward)
 
     def _parameter_seconds(self, operator: Operator, signature: Signature, forward: StageForward) -> float:
-        """A parameter whose gradient the axis holds in parts is summed once a step, not once a micro-batch."""
-        total = 0.0
+        """What happens once a step: gradients that the axis holds in parts are summed, and the optimizer runs.
+
+        Returns:
+            Seconds per micro-batch, as everything else is counted.
+        """
+        total, item = 0.0, state_bytes(self.plan)
+        streams = 7 if self.plan.training.optimizer == "adamw" else 3
         for parameter in operator.parameters:
             units = {split_unit(dim) for dim in parameter.dims}
             layout, grads = signature.parameters, signature.grad_parameters
             whole = not (isinstance(layout, Shard) and layout.dim in units)
+            held = 1.0
+            for dim in parameter.dims:
+                axes = forward.sharding(split_unit(dim), {"tp": layout})
+                held *= float(np.max(forward.sizes.size(dim, axes)))
+            update = Work(elements=int(held), bytes=int(streams * held * item))
+            tasks = [Task("", "optimizer", "", work=update)]
             if whole and (isinstance(grads, Partial) or (isinstance(grads, Shard) and grads.dim not in units)):
-                count = 1.0
-                for dim in parameter.dims:
-                    count *= float(np.max(forward.sizes.size(dim, ())))
-                size = int(count * state_bytes(self.plan))
-                task = Task("", "gradient_sum", "", axis="tp", work=Work(bytes=size, full_bytes=size))
-                total += self._seconds([task]) / max(1, len(self.plan.micro_batches(0)))
-        return total
+                size = int(held * item)
+                tasks.append(Task("", "gradient_sum", "", axis="tp", work=Work(bytes=size, full_bytes=size)))
+            total += self._seconds(tasks)
+        return total / max(1, len(self.plan.micro_batches(0)))
 
     def transition(self, dims: tuple[str, ...], source: Layout, target: Layout) -> float | None:
         """Seconds of a redistribution of a tensor; None where the executor has none."""
         try:
-            collective = redistribution(source, target)
+            collective = transition(self.model, dims, source, target)
         except PlanError:
             return None
         if collective is None:
             return 0.0
-        for layout in (source, target):
-            if isinstance(layout, Shard):
-                held = [dim for dim in dims if split_unit(dim) == layout.dim]
-                packed = any(dim in ("qkv", "gate_up") and SPLIT_UNIT.get(dim) for dim in held)
-                if not held or packed or (collective == "slice" and held[0] != dims[0]):
-                    return None  # packed columns have no contiguous parts; a slice must stay contiguous
         forward = self._forward()
         forward.declare("t", dims, {"tp": source})
         tasks: list[Task] = []

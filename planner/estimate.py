@@ -1,9 +1,8 @@
-"""Closed-form step time and memory of many candidates at once, from the same tasks and formulas as a prediction.
+"""Costs of one layer, the embedding and the head for many sizes at once, by the tasks and formulas of a prediction.
 
 One layer, the embedding and the head are laid out once per *structure* (which axes exist, sequence parallel, kind of
 context parallelism, recomputation) with sizes that are arrays over candidates; their tasks are the nodes that
-`planner.predict` replays, priced by the same functions. The pipeline is a closed form (Narayanan et al. 2021, §2.2; Qi
-et al. 2024, arXiv:2401.10241, table 1), so an estimate orders candidates and the replay decides among the best.
+`planner.predict` replays, priced by the same functions. `planner.candidates` joins them to whole steps.
 """
 
 from __future__ import annotations
@@ -16,21 +15,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.admissible import ContextKind, distinct_operators
 from planner.cost import oversubscription_factor, p2p_seconds
 from planner.graph import Operator, split_unit
 from planner.machine import Machine
+from planner.memory import MIXED_PRECISIONS
 from planner.model import ModelSpec
 from planner.placement import Count, fixed_size
-from planner.plan import ContextKind, Recompute, Training, distinct_operators, standard_layouts
-from planner.price import COLLECTIVES, FREE, MESSAGES, Place, compute_seconds, group_seconds
+from planner.plan import Recompute, Training, standard_layouts
+from planner.price import (
+    COLLECTIVES,
+    FREE,
+    MESSAGES,
+    Place,
+    communicates,
+    compute_seconds,
+    group_seconds,
+    launches,
+    stretch_seconds,
+    task_precision,
+)
 from planner.program.backward import StageBackward
 from planner.program.liveness import needed
 from planner.program.rank import ITEM_BYTES, blocks
 from planner.program.stage import StageForward
-from planner.program.tasks import Task, Work
+from planner.program.tasks import Task
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+
+RING_LAID_OUT = 2
+"""Ranks of the ring that stands in for rings of every size."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,7 @@ class Structure:
     model: ModelSpec
     training: Training
     tp: bool  # whether the axis has more than one rank
-    cp: int  # its size: ring attention has one task per rank of the ring
+    cp: bool
     sequence_parallel: bool
     cp_kind: ContextKind
     recompute: Recompute
@@ -57,11 +73,11 @@ class Structure:
 
 @dataclass(frozen=True)
 class ArraySizes:
-    """Largest local sizes over ranks, for arrays of tensor-parallel sizes and micro-batches."""
+    """Largest local sizes over ranks, for arrays of tensor- and context-parallel sizes and micro-batches."""
 
     model: ModelSpec
     tp: Ints
-    cp: int
+    cp: int | Ints
     batch: Ints
 
     def size(self, dim: str, axes: Collection[str]) -> Count:
@@ -128,7 +144,10 @@ class BlockCost:
 
 @dataclass
 class StructureCosts:
-    """Costs of the three kinds of blocks of a structure for arrays (tp, micro-batch)."""
+    """Costs of the three kinds of blocks of a structure for arrays (tp, cp, micro-batch).
+
+    A ring is laid out with two ranks; its steps and shifts count as often as a ring of the real size has them.
+    """
 
     structure: Structure
     machine: Machine
@@ -138,7 +157,7 @@ class StructureCosts:
     def blocks(self) -> dict[str, BlockCost]:
         """Costs of "embedding", "layer" (mean over layers, which may differ in their attention window) and "head"."""
         structure, model = self.structure, self.structure.model
-        axis_sizes = {"dp": 1, "cp": structure.cp, "tp": 2 if structure.tp else 1}
+        axis_sizes = {"dp": 1, "cp": RING_LAID_OUT if structure.cp else 1, "tp": 2 if structure.tp else 1}
         item = ITEM_BYTES[structure.training.precision]
         forward = StageForward(structure, 0, self.sizes, axis_sizes, item)
         chosen = self._distinct_layers(model)
@@ -157,7 +176,8 @@ class StructureCosts:
                 backward.leave(graph[names[-2]][-1].outputs[-1].name)
             for name in reversed(names[:-1]):
                 backward.run(name, graph[name])
-        costs = {name: self._block(forward, backward, name, graph[name]) for name in names}
+        counted: set[str] = set()  # what one block's backward pass keeps, no other has to keep again
+        costs = {name: self._block(forward, backward, name, graph[name], counted) for name in names}
         first, *rest = [costs[name] * share for name, share in chosen.items()]
         return {"embedding": costs["embedding"], "layer": sum(rest, first), "head": costs["head"]}
 
@@ -167,23 +187,69 @@ class StructureCosts:
         windows = [model.window(i) for i in range(model.layers)]
         return {f"layers.{windows.index(w)}": windows.count(w) / model.layers for w in dict.fromkeys(windows)}
 
-    def _block(self, forward: StageForward, backward: StageBackward, name: str, members: list[Operator]) -> BlockCost:
-        shape = np.shape(self.sizes.batch)
+    def _block(
+        self, forward: StageForward, backward: StageBackward, name: str, members: list[Operator], counted: set[str]
+    ) -> BlockCost:
+        zero = np.zeros(np.shape(self.sizes.batch))
         ahead, back = forward.tasks[name], backward.tasks.get(name, [])
-        zero = np.zeros(shape)
-        roots = needed(back, forward.buffers)
-        own = {forward.buffers[n].root for task in ahead for n in task.writes}
-        saved = sum((forward.bytes_of(root) for root in roots & own), zero)
-        alive = [n for task in back for n in task.writes if forward.buffers[n].root == n]
-        scratch = max((forward.bytes_of(n) for n in alive), key=np.max, default=zero)
+        roots = {root for root in needed(back, forward.buffers) if root in forward.dims} - counted
+        kept = {root for root in roots if forward.buffers[root].category == "activations"}
+        counted |= kept
+        saved = sum((self._saved(forward, root) for root in kept), zero)
         return BlockCost(
-            forward_seconds=zero + sum(self._seconds(task) for task in ahead),
-            input_seconds=zero + sum(self._seconds(task) for task in back if task.phase != "W"),
-            weight_seconds=zero + sum(self._seconds(task) for task in back if task.phase == "W"),
+            forward_seconds=zero + self._stretch(ahead, "F"),
+            input_seconds=zero + self._stretch([task for task in back if task.phase != "W"], "I"),
+            weight_seconds=zero + self._stretch([task for task in back if task.phase == "W"], "W"),
             saved_bytes=zero + saved,
-            scratch_bytes=zero + 3 * scratch,
+            scratch_bytes=self._scratch(forward, back),
             parameters=zero + self._parameters(forward, members),
         )
+
+    def _stretch(self, tasks: list[Task], op: str) -> Any:
+        """Seconds of one block's part of an instruction; what is spent per micro-batch is added per stage."""
+        del op
+        own = sum((self._seconds(task) * self._times(task) for task in tasks), np.zeros(np.shape(self.sizes.batch)))
+        kernels = sum(launches(self.machine, task) for task in tasks if not communicates(task))
+        collectives = sum(1 for task in tasks if task.kind in COLLECTIVES)
+        return stretch_seconds(self.machine, own, 0.0, kernels, collectives, "W")
+
+    def _times(self, task: Task) -> Any:
+        """How often a ring of the real size has a task that one of two ranks has once."""
+        ring = self.sizes.cp
+        if task.kind.startswith("attention_step"):
+            return ring / RING_LAID_OUT
+        if task.kind == "ring_shift" and task.attributes.get("step") != RING_LAID_OUT:
+            return np.subtract(ring, 1)
+        return 1
+
+    def _scratch(self, forward: StageForward, back: list[Task]) -> Any:
+        """Most bytes that a backward pass makes itself and holds at once: gradients, and what it computes again."""
+        buffers = forward.buffers
+        last = {buffers[n].root: i for i, task in enumerate(back) for n in (*task.reads, *task.writes) if n in buffers}
+        held = {buffers[root].root for root in needed(back, buffers)}
+        live = highest = np.zeros(np.shape(self.sizes.batch))
+        born: set[str] = set()
+        for i, task in enumerate(back):
+            for root in {buffers[n].root for n in task.writes if n in buffers} - held - born:
+                if root in forward.dims:
+                    born.add(root)
+                    live = live + self._saved(forward, root)
+            highest = np.maximum(highest, live)
+            for root in [root for root in born if last[root] == i]:
+                born.remove(root)
+                live = live - self._saved(forward, root)
+        return highest
+
+    def _saved(self, forward: StageForward, root: str) -> Any:
+        """Bytes of a saved buffer as the machine's framework keeps it; compare `planner.memory`."""
+        framework, nbytes = self.machine.framework, forward.bytes_of(root)
+        if self.structure.training.precision not in MIXED_PRECISIONS or framework.parameter_bytes is None:
+            return nbytes
+        if root.endswith(".probabilities") and framework.probability_bytes:
+            return nbytes * (framework.probability_bytes / forward.item_bytes)
+        if root == "head.logits" and framework.logit_bytes:
+            return nbytes * (framework.logit_bytes / forward.item_bytes)
+        return nbytes
 
     def _parameters(self, forward: StageForward, members: list[Operator]) -> Any:
         total: Any = 0
@@ -201,129 +267,19 @@ class StructureCosts:
             return 0.0
         training = self.structure.training
         if task.kind in COLLECTIVES:
-            return group_seconds(self.machine, task, self._place(task.axis or "world"))
+            mixed = training.precision in MIXED_PRECISIONS
+            return group_seconds(self.machine, task, self._place(task.axis or "world"), mixed=mixed)
         if task.kind in MESSAGES:
-            crosses = self.ranks_per_host > self.sizes.tp
-            return p2p_seconds(self.machine, task.work.full_bytes, crosses, self.ranks_per_host)
+            same_host = self.ranks_per_host > self.sizes.tp
+            return p2p_seconds(self.machine, task.work.full_bytes, same_host, self.ranks_per_host)
         threads = training.threads_per_rank
         slow = oversubscription_factor(self.machine, self.ranks_per_host, threads)
-        return compute_seconds(self.machine, task, training.precision, threads, self.ranks_per_host) * slow
+        precision = task_precision(task, training.precision)
+        return compute_seconds(self.machine, task, precision, threads, self.ranks_per_host) * slow
 
     def _place(self, axis: str) -> Place:
         """Groups fill hosts in rank order, tensor axis innermost."""
         stride = np.ones_like(self.sizes.tp) if axis == "tp" else self.sizes.tp
-        size: Any = self.sizes.tp if axis == "tp" else self.structure.cp
+        size: Any = self.sizes.tp if axis == "tp" else self.sizes.cp
         on_host = np.clip(self.ranks_per_host // stride, 1, size)
         return Place(size, on_host, np.maximum(1, self.ranks_per_host // on_host))
-
-
-@dataclass
-class Candidates:
-    """Columns over candidates of one structure and schedule; sizes of axes, micro-batch, chunks."""
-
-    pp: Ints
-    dp: Ints
-    tp: Ints
-    micro_batch: Ints
-    chunks: Ints
-    zero: Ints
-
-
-def step_seconds(
-    costs: dict[str, BlockCost], at: Candidates, machine: Machine, structure: Structure, schedule: str,
-    global_batch: int, ranks_per_host: Ints,
-) -> tuple[Floats, Floats]:  # fmt: skip
-    """Step seconds and peak bytes per rank of candidates, by the closed forms of their schedule.
-
-    `costs` hold one entry per candidate. The slowest stage sets the pace; warm-up and cool-down add what the other
-    stages take; gradient reduction and the update follow the last backward.
-    """
-    model, training = structure.model, structure.training
-    replica = -(-global_batch // at.dp)
-    count = -(-replica // at.micro_batch)
-    stages = at.pp * at.chunks
-    per_stage = -(-model.layers // stages)
-    layer, embedding, head = costs["layer"], costs["embedding"], costs["head"]
-    whole = {name: c.forward_seconds + c.backward_seconds for name, c in costs.items()}
-    busiest = _balanced(model.layers, at.pp, whole["layer"], whole["embedding"], whole["head"])
-    total = model.layers * whole["layer"] + whole["embedding"] + whole["head"]
-    split = model.layers * layer.weight_seconds / at.pp
-    item = ITEM_BYTES[training.precision]
-    sequence = -(-model.seq_len // (structure.cp * (at.tp if structure.sequence_parallel else 1)))
-    message = p2p_seconds(
-        machine, at.micro_batch * sequence * model.hidden * item, at.pp * at.tp <= ranks_per_host, ranks_per_host
-    )
-    ways = 1 if structure.forward_only else 2
-    fill = np.where(at.pp > 1, (total - busiest) / at.chunks, 0.0)
-    if schedule.startswith("zb"):
-        fill = np.maximum(0.0, fill - (at.pp - 1) * split)
-    transfers = np.where(stages > 1, ways * (stages - 1 + (at.chunks - 1) * count) * message, 0.0)
-    seconds = count * busiest + fill + transfers
-    parameters = per_stage * at.chunks * layer.parameters + np.maximum(embedding.parameters, head.parameters)
-    if not structure.forward_only:
-        seconds = seconds + _update_seconds(machine, structure, at, parameters, count, ranks_per_host)
-    seconds = seconds + machine.overheads.step_seconds
-    return seconds, _memory(structure, at, costs, parameters, per_stage, count, schedule)
-
-
-def _balanced(layers: int, pp: Ints, layer: Floats, first: Floats, last: Floats) -> Floats:
-    """Seconds of the slowest stage when whole layers are placed to even out the embedding and the head."""
-    even = (layers * layer + first + last) / pp
-    extra = np.maximum(first, last)
-    with_extra = extra + layer * np.maximum(1, np.floor((even - extra) / layer))
-    return np.where(
-        pp > 1, np.maximum(np.maximum(even, with_extra), layer * np.ceil(even / layer - 1e-9) * (extra < layer)), even
-    )
-
-
-def _update_seconds(
-    machine: Machine, structure: Structure, at: Candidates, parameters: Floats, count: Ints, ranks_per_host: Ints
-) -> Floats:
-    """Gradient reduction over data ranks, sharded or not, and the optimizer."""
-    training, group = structure.training, at.dp * structure.cp
-    state = 8 if training.precision == "float64" else 4
-    size = (parameters * state).astype(np.int64)
-    stride = at.tp
-    on_host = np.clip(ranks_per_host // stride, 1, group)
-    place = Place(group, on_host, np.maximum(1, ranks_per_host // on_host))
-
-    def collective(kind: str) -> Any:
-        return group_seconds(machine, Task("", kind, "", axis="data", work=Work(bytes=size, full_bytes=size)), place)
-
-    scatter, gather = collective("gradient_reduce_scatter"), collective("parameter_gather")
-    reduction = np.select(
-        [at.zero == 0, at.zero == 1, at.zero == 2],
-        [collective("gradient_all_reduce"), scatter + gather, count * scatter + gather],
-        count * (scatter + 2 * gather),
-    )
-    owned = np.where(at.zero > 0, parameters / group, parameters)
-    streams = 7 if training.optimizer == "adamw" else 3
-    task = Task("", "optimizer", "", work=Work(elements=owned, bytes=streams * owned * state))
-    threads = training.threads_per_rank
-    slow = oversubscription_factor(machine, ranks_per_host, threads)
-    update = compute_seconds(machine, task, training.precision, threads, ranks_per_host) * slow
-    return np.asarray(np.where(group > 1, reduction, 0.0) + update)
-
-
-def _memory(
-    structure: Structure, at: Candidates, costs: dict[str, BlockCost], parameters: Floats, per_stage: Ints,
-    count: Ints, schedule: str,
-) -> Floats:  # fmt: skip
-    """Peak bytes of the fullest rank: state by ZeRO stage, micro-batches in flight, scratch of one backward pass."""
-    training, group = structure.training, at.dp * structure.cp
-    state = 8 if training.precision == "float64" else 4
-    moments = 2 if training.optimizer == "adamw" else 0
-    sharded = np.where(at.zero > 0, 1.0 / group, 1.0)
-    whole = np.where(at.zero == 3, 1.0 / group, 1.0) + np.where(at.zero >= 2, 1.0 / group, 1.0) + moments * sharded
-    if structure.forward_only:
-        whole = np.ones_like(sharded)
-    layer, embedding, head = costs["layer"], costs["embedding"], costs["head"]
-    flight = count * at.chunks if schedule == "gpipe" else np.minimum(count * at.chunks, at.pp * at.chunks + at.pp - 1)
-    flight = np.where(at.chunks == 1, np.minimum(count, at.pp if schedule != "gpipe" else count), flight)
-    if structure.forward_only:
-        flight = np.ones_like(count)
-    first = flight * (per_stage * layer.saved_bytes) + np.minimum(flight, at.pp) * embedding.saved_bytes
-    last = per_stage * layer.saved_bytes * np.maximum(1, flight - at.pp + 1) + head.saved_bytes
-    activations = np.where(at.pp > 1, np.maximum(first, last), first + head.saved_bytes)
-    scratch = np.maximum(layer.scratch_bytes, np.where(at.pp > 1, 0, head.scratch_bytes))
-    return np.asarray(parameters * state * whole + activations + scratch)

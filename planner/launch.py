@@ -2,12 +2,15 @@
 
 MPICH's Hydra and Open MPI differ in what they refuse: Open MPI starts neither as root nor with more ranks than slots
 unless told to, and its ranks spin while they wait unless told to yield. Both would leave threads unbound, so that the
-ranks of a plan that fits the cores are bound to them.
+ranks of a plan that fits the cores are bound to them. On several hosts both start ranks over ssh, in blocks of the
+order given; Open MPI has to be told which variables to take along. The files that ranks read and write must be reached
+under the same paths on every host.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +24,7 @@ from typing import IO, Literal, NamedTuple
 from planner.errors import MachineError
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+UNBUFFERED = "PYTHONUNBUFFERED"
 INTERRUPTED = 130
 """Exit status of a run that the user ended (128 + SIGINT)."""
 
@@ -78,28 +82,65 @@ def find_executor() -> list[str]:
     return [found]
 
 
+def parse_hosts(text: str | None) -> tuple[str, ...]:
+    """Read host names: separated by commas, or the lines of a file ("#" begins a comment); none without a text.
+
+    Raises:
+        MachineError: an entry that is no host name, or a host named twice.
+    """
+    if text is None:
+        return ()
+    entries = text.split(",")
+    if Path(text).is_file():
+        lines = Path(text).read_text(encoding="utf-8", errors="replace").splitlines()
+        entries = [line for line in (line.partition("#")[0] for line in lines) if line.strip()]
+    hosts = tuple(entry.strip() for entry in entries)
+    for host in hosts or ("",):
+        if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", host):
+            raise MachineError(
+                f"--hosts {text} has the entry {host!r}; write host names, as in node1,node2, or name a file with one "
+                "host a line"
+            )
+        if hosts.count(host) > 1:
+            raise MachineError(f"--hosts {text} names {host} {hosts.count(host)} times; name each host once")
+    return hosts
+
+
 def launch_command(
-    launcher: Launcher, ranks: int, program: Sequence[str], *, threads_per_rank: int = 1, cores: int, root: bool
+    launcher: Launcher,
+    ranks: int,
+    program: Sequence[str],
+    *,
+    threads_per_rank: int = 1,
+    cores: int,
+    root: bool,
+    hosts: Sequence[str] = (),
 ) -> list[str]:
-    """Return the command line that starts `program` on `ranks` ranks of this machine.
+    """Return the command line that starts `program` on `ranks` ranks.
 
     Args:
         launcher: Which mpirun.
         ranks: Number of ranks.
         program: What each rank runs.
         threads_per_rank: Threads that each rank computes with.
-        cores: Cores of this machine; ranks that all have theirs are bound to them.
+        cores: Cores of this machine, and of each host; ranks that all have theirs are bound to them.
         root: Whether the user is root.
+        hosts: Names of the hosts that take equal blocks of ranks, in order; none for this machine.
     """
-    fits = ranks * threads_per_rank <= cores
+    per_host = -(-ranks // max(1, len(hosts)))
+    fits = per_host * threads_per_rank <= cores
     flags = ["-n", str(ranks)]
     if launcher.family == "mpich":
+        flags += ["-hosts", ",".join(hosts), "-ppn", str(per_host)] if hosts else []
         if fits and ranks > 1:
             flags += ["-bind-to", "core" if threads_per_rank == 1 else f"core:{threads_per_rank}"]
         return [str(launcher.path), *flags, *program]
     if root:
         flags.append("--allow-run-as-root")
-    if ranks > cores:
+    if hosts:
+        flags += ["--host", ",".join(f"{host}:{per_host}" for host in hosts)]
+        flags += [word for name in (*THREAD_VARIABLES, UNBUFFERED) for word in ("-x", name)]
+    if per_host > cores:
         # Without --oversubscribe Open MPI refuses; without yielding, waiting ranks burn the cores that others need.
         flags += ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "--bind-to", "none"]
     elif fits and threads_per_rank == 1:
@@ -115,7 +156,7 @@ def launch_environment(threads_per_rank: int, base: Mapping[str, str] | None = N
     """Return the environment of the ranks: threads are set before NumPy can read them, and output is not held back."""
     environment = dict(os.environ if base is None else base)
     environment |= dict.fromkeys(THREAD_VARIABLES, str(threads_per_rank))
-    environment["PYTHONUNBUFFERED"] = "1"
+    environment[UNBUFFERED] = "1"
     return environment
 
 
@@ -124,7 +165,13 @@ def is_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
-def launch(command: Sequence[str], environment: Mapping[str, str], *, stdout: IO[str] | None = None) -> int:
+def launch(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    stdout: IO[str] | None = None,
+    stderr: IO[str] | None = None,
+) -> int:
     """Run mpirun to its end and return its exit status; 130 when the user ended it.
 
     On Ctrl-C, or when this process is told to terminate, mpirun is asked to end its ranks; whatever is left after
@@ -134,10 +181,16 @@ def launch(command: Sequence[str], environment: Mapping[str, str], *, stdout: IO
         command: From `launch_command`.
         environment: From `launch_environment`.
         stdout: Where the ranks' standard output goes; None for this process's.
+        stderr: Where their talk goes; None for this process's.
     """
     # A session of its own: the terminal's Ctrl-C reaches this process alone, which ends the ranks in order.
     process = subprocess.Popen(
-        list(command), env=dict(environment), stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True
+        list(command),
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
     )
     with _termination_as_interrupt():
         try:

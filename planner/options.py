@@ -119,6 +119,16 @@ class MachineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """Where ranks are started."""
+
+    hosts: str | None = option(
+        "Hosts that take equal blocks of ranks, such as node1,node2, or a file with one a line; they must be reached by "
+        "ssh and share this folder. When left out, this machine."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchOptions:
     """How many sequences a step has, and a forward pass."""
 

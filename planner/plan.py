@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from planner.admissible import ATTENTION_ON_CP, ContextKind, check_layouts, distinct_operators
 from planner.errors import DataError, MeshwrightError, PlanError
-from planner.graph import Operator, build_graph, operators
-from planner.layout import AXES, Layout, Signature, signatures
+from planner.graph import Operator
+from planner.layout import AXES
 from planner.mesh import Mesh
 from planner.model import ModelSpec
+from planner.schedule import from_csv, model_chunks
 from planner.shard import split_evenly, zigzag_sizes
 
 SCHEMA = 1
@@ -23,7 +24,6 @@ SCHEMA = 1
 T = TypeVar("T")
 
 Recompute = Literal["none", "selective", "full"]
-ContextKind = Literal["allgather", "ring", "ulysses"]
 Precision = Literal["float64", "float32", "tf32", "float16", "bfloat16", "fp8"]
 
 
@@ -99,7 +99,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     parts: Parts
     seq_order: Literal["contiguous", "zigzag"] = "contiguous"
     overlap_gradients: bool = False
-    bucket_bytes: int = 25_000_000
     collectives: dict[str, str] = {}
     transport: Literal["mpi", "staged", "cuda-aware", "nccl"] = "mpi"
     forward_only: bool = False
@@ -109,7 +108,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_sizes(self)
         _check_parts(self)
         _check_choices(self)
-        _check_layouts(self)
+        _check_schedule(self)
+        sizes = {axis: self.mesh.size(axis) for axis in AXES}
+        check_layouts(self.model, sizes, self.layouts, self.cp_kind)
 
     @property
     def num_stages(self) -> int:
@@ -147,7 +148,7 @@ def _check_sizes(plan: Plan) -> None:
     _at_most("tp", mesh.tp, model.heads, "attention heads", f"use tp<={model.heads} or put the factor on dp, cp or pp")
     _at_most("tp", mesh.tp, model.ffn_hidden, "feed-forward units", f"use tp<={model.ffn_hidden}")
     _at_most("tp", mesh.tp, model.vocab, "vocabulary entries", f"use tp<={model.vocab}")
-    _at_most("stages", plan.num_stages, model.layers, "layers", "use a smaller pp or fewer model chunks")
+    _at_most("stages", plan.num_stages, model.layers + 2, "blocks", "use a smaller pp or fewer model chunks")
     _at_most(
         "dp", mesh.dp, plan.global_batch_size, "sequences of the global batch",
         f"use dp<={plan.global_batch_size} or a larger --global-batch-size",
@@ -160,10 +161,13 @@ def _check_sizes(plan: Plan) -> None:
         raise PlanError(
             f"batch sizes {plan.global_batch_size} and {plan.micro_batch_size} must be positive; use at least 1"
         )
-    if len(plan.stage_layers) != plan.num_stages or min(plan.stage_layers, default=0) < 1:
+    # The embedding stands on the first stage and the head on the last, so these may be stages without layers.
+    inner = plan.stage_layers[1:-1] if plan.num_stages > 1 else plan.stage_layers
+    negative = min(plan.stage_layers, default=-1) < 0
+    if len(plan.stage_layers) != plan.num_stages or negative or min(inner, default=1) < 1:
         raise PlanError(
             f"stage layers {plan.stage_layers} do not give each of the {plan.num_stages} stages at least one layer; "
-            f"name {plan.num_stages} positive counts"
+            f"name {plan.num_stages} positive counts (the first and the last may be 0)"
         )
     if sum(plan.stage_layers) != model.layers:
         raise PlanError(
@@ -188,6 +192,12 @@ def _check_parts(plan: Plan) -> None:
                 f"parts.{name}={list(sizes)} do not split {total} into {count} positive parts; "
                 f"for example {list(split_evenly(total, count))}"
             )
+    on_tp = any(chosen.get("tp") == "seq" for chosen in plan.layouts.values())
+    if on_tp and min(plan.parts.seq) < mesh.tp:
+        raise PlanError(
+            f"parts.seq={list(plan.parts.seq)} leave a rank fewer positions than tp={mesh.tp} splits them into; "
+            f"use parts of at least {mesh.tp} positions"
+        )
     if plan.seq_order == "zigzag" and plan.parts.seq != zigzag_sizes(model.seq_len, mesh.cp):
         raise PlanError(
             f"parts.seq={list(plan.parts.seq)} are not the zig-zag parts; "
@@ -215,51 +225,23 @@ def _check_choices(plan: Plan) -> None:
         raise PlanError("ring attention is already blocked; use attention 'plain' with cp_kind ring")
 
 
-def _check_layouts(plan: Plan) -> None:
-    by_role = {operator.role: operator for operator in distinct_operators(plan.model)}
-    for role, chosen in plan.layouts.items():
-        if role not in by_role:
-            raise PlanError(f"layouts name the operator {role!r}; the model has {', '.join(sorted(by_role))}")
-        for axis, name in chosen.items():
-            known = signatures(by_role[role].kind, *by_role[role].split)
-            if axis == "tp" and name == "seq" and by_role[role].kind in ("embedding", "exp_sum", "loss"):
-                raise PlanError(f"layouts.{role}.tp='seq' would split token ids over tp; use 'vocab' or 'replicate'")
-            if axis not in AXES or name not in known:
-                raise PlanError(f"layouts.{role}.{axis}={name!r}; use one of {', '.join(sorted(known))} on {AXES}")
-        if chosen.get("dp") != "batch" or not {"cp", "tp"} <= set(chosen):
-            raise PlanError(f"layouts.{role}={chosen} must name a signature on cp and tp, and 'batch' on dp")
-    missing = sorted(set(by_role) - set(plan.layouts))
-    if missing:
-        raise PlanError(f"layouts lack the operators {', '.join(missing)}; write the plan again with the planner")
-    _check_tied(plan, by_role)
-
-
-@lru_cache(maxsize=16)
-def distinct_operators(model: ModelSpec) -> tuple[Operator, ...]:
-    """One operator of each role; two layers show all of them (the first may lack a norm)."""
-    short = msgspec.structs.replace(model, layers=min(model.layers, 2))
-    return tuple({operator.role: operator for operator in operators(build_graph(short))}.values())
-
-
-def weight_layouts(signature: Signature) -> tuple[Layout, Layout]:
-    """Layouts of an operator's parameters and of their gradients: equal for operators that share a weight."""
-    return signature.parameters, signature.grad_parameters
-
-
-def _check_tied(plan: Plan, by_role: dict[str, Operator]) -> None:
-    """The embedding and the head, sharing a weight, must hold the same part of it and of its gradient."""
-    if not plan.model.tie_embeddings:
-        return
-    for axis in AXES:
-        first, last = (
-            signatures(by_role[role].kind, *by_role[role].split)[plan.layouts[role][axis]]
-            for role in ("embedding.tokens", "head.vocab")
-        )
-        if plan.mesh.size(axis) > 1 and weight_layouts(first) != weight_layouts(last):
+def _check_schedule(plan: Plan) -> None:
+    """The recipe is one that can be generated, or its explicit instructions are of this mesh and can run."""
+    recipe, mesh = plan.schedule, plan.mesh
+    if recipe.programs is None:
+        chunks = model_chunks(recipe.name)
+        if chunks not in (None, recipe.num_model_chunks):
             raise PlanError(
-                f"layouts embedding.tokens={first.name!r} and head.vocab={last.name!r} on {axis} keep their shared "
-                "weight differently; use vocab with column or replicate with replicate"
+                f"{recipe.name} has {chunks} model chunk(s) per rank, not {recipe.num_model_chunks}; "
+                f"use num_model_chunks={chunks} or another schedule"
             )
+        return
+    explicit = from_csv("\n".join(recipe.programs), name=recipe.name)
+    if (explicit.num_ranks, explicit.num_stages) != (mesh.pp, plan.num_stages):
+        raise PlanError(
+            f"schedule.programs are of {explicit.num_ranks} ranks and {explicit.num_stages} stages, the plan has "
+            f"pp={mesh.pp} and {plan.num_stages}; write the plan again with the schedule"
+        )
 
 
 TENSOR_SIGNATURES = {
@@ -285,9 +267,7 @@ def standard_layouts(
     """The field's usual signature of each operator on each axis; `planner.search` may find others."""
     layouts: dict[str, dict[str, str]] = {}
     for operator in model_operators:
-        context = "seq"
-        if operator.kind == "attention":
-            context = {"allgather": "allgather", "ring": "ring", "ulysses": "heads"}[cp_kind]
+        context = ATTENTION_ON_CP[cp_kind] if operator.kind == "attention" else "seq"
         tensor = TENSOR_SIGNATURES.get(operator.role, "seq" if sequence_parallel else "replicate")
         layouts[operator.role] = {"dp": "batch", "cp": context, "tp": tensor}
     return layouts
@@ -318,7 +298,7 @@ def make_plan(
         ("dp", mesh.dp, global_batch_size, "sequences of the global batch", "use a larger --global-batch-size"),
         ("tp", mesh.tp, model.heads, "attention heads", f"use tp<={model.heads} or put the factor on dp, cp or pp"),
         ("cp", mesh.cp, model.seq_len, "positions", "use a smaller cp"),
-        ("stages", stages, model.layers, "layers", "use a smaller pp or fewer model chunks"),
+        ("stages", 0 if stage_layers else stages, model.layers, "layers", "use a smaller pp or fewer model chunks"),
     ):
         _at_most(what, count, limit, of, remedy)
     zigzag = model.causal and mesh.cp > 1 and cp_kind != "ulysses" and model.seq_len >= 2 * mesh.cp

@@ -204,11 +204,11 @@ def usable_cores() -> int:
 
 
 def default_threads(choice: MachineChoice, workers: int) -> int:
-    """Return cores over ranks, at least 1: of this machine, or of the CPU machine that was named."""
+    """Return a host's cores over its ranks, at least 1: of this machine, or of the CPU machine that was named."""
     if choice.machine.device.kind == "gpu":
         return 1
     cores = choice.machine.host.cores if choice.origin == "named" else usable_cores()
-    return max(1, cores // workers)
+    return max(1, cores // choice.machine.ranks_per_host(workers))
 
 
 def world_size(options: LayoutOptions) -> int:

@@ -17,20 +17,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.admissible import ContextKind
+from planner.candidates import UPDATES, Candidates, Question, Update, estimate
 from planner.errors import MeshwrightError, PlanError
-from planner.estimate import ArraySizes, BlockCost, Candidates, Structure, StructureCosts, step_seconds
+from planner.estimate import ArraySizes, BlockCost, Structure, StructureCosts
+from planner.footprint import device_bytes
 from planner.machine import Machine
 from planner.mesh import Mesh, factorizations
 from planner.model import ModelSpec
-from planner.plan import ContextKind, Plan, Recompute, ScheduleRecipe, Training, make_plan
+from planner.plan import Plan, Recompute, ScheduleRecipe, Training, make_plan
 from planner.predict import predict
+from planner.schedule import model_chunks
+from planner.ties import by_preference
 from planner.trace import Prediction
 
 REPLAY_SECONDS = 0.8
-"""Time for replaying the best candidates; the first few are replayed in any case."""
+"""Time for replaying the best candidates; the first that fits is replayed in any case."""
 
-ALWAYS_REPLAYED = 4
-SCHEDULES = ("1f1b", "interleaved", "zb-h1")
+ALWAYS_REPLAYED = 1
+SPARE_REPLAYS = 6  # beyond the plans asked for: an estimate may put the best a few places down
+BEST_KEPT = 256
+"""Estimates that are put in order; so many candidates at most can be replayed."""
+
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v")
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 CONTEXT_KINDS: tuple[ContextKind, ...] = ("allgather", "ring", "ulysses")
 
@@ -66,13 +75,20 @@ class Suggestion:
 
 @dataclass
 class _Group:
-    """Candidates of one structure and schedule, estimated."""
+    """Placements of one structure and schedule, estimated: arrays [placements, updates]."""
 
     structure: Structure
     schedule: str
     columns: Candidates
+    updates: tuple[Update, ...]
     seconds: NDArray[np.float64]
     peak_bytes: NDArray[np.float64]
+
+    def family(self, row: int) -> tuple[object, ...]:
+        """What decides how far a memory estimate is off: placement, schedule, recomputation."""
+        at, structure = self.columns, self.structure
+        placement = tuple(int(getattr(at, f.name)[row]) for f in fields(at))
+        return (placement, self.schedule, structure.recompute, structure.sequence_parallel)
 
 
 @dataclass
@@ -95,13 +111,14 @@ class _Search:
     def estimate_all(self) -> None:
         """Estimate every candidate, structure by structure."""
         meshes = [Mesh(dp=d, tp=t, pp=p, cp=c) for d, t, p, c in factorizations(self.workers, 4)]
-        by_shape: dict[tuple[bool, int], list[Mesh]] = {}
+        by_shape: dict[tuple[bool, bool], list[Mesh]] = {}
         for mesh in meshes:
             if self._possible(mesh):
-                by_shape.setdefault((mesh.tp > 1, mesh.cp), []).append(mesh)
+                by_shape.setdefault((mesh.tp > 1, mesh.cp > 1), []).append(mesh)
         for (tp, cp), members in by_shape.items():
+            tables = self._tables(members)
             for structure in self._structures(tp=tp, cp=cp):
-                self._estimate(structure, members)
+                self._estimate(structure, tables)
 
     def _possible(self, mesh: Mesh) -> bool:
         model = self.model
@@ -119,124 +136,130 @@ class _Search:
             self.fixed.get(axis, getattr(mesh, axis)) == getattr(mesh, axis) for axis in ("dp", "tp", "pp", "cp")
         )
 
-    def _structures(self, *, tp: bool, cp: int) -> Iterator[Structure]:
+    def _structures(self, *, tp: bool, cp: bool) -> Iterator[Structure]:
         fixed = self.fixed
         sequence = [fixed["sequence_parallel"]] if "sequence_parallel" in fixed else [False, True]
         kinds = [fixed["cp_kind"]] if "cp_kind" in fixed else CONTEXT_KINDS
         recompute = [fixed["recompute"]] if "recompute" in fixed else RECOMPUTE
         attention = fixed.get("attention", default_attention(self.model))
-        for sp, kind, again in product(sequence, kinds if cp > 1 else kinds[:1], recompute):
+        for sp, kind, again in product(sequence, kinds if cp else kinds[:1], recompute):
             if (
                 (sp and not tp)
                 or (self.forward_only and again != "none")
                 or (again == "selective" and attention != "plain")
             ):
                 continue
-            core = "plain" if kind == "ring" and cp > 1 else attention
+            core = "plain" if kind == "ring" and cp else attention
             yield Structure(self.model, self.training, tp, cp, sp, kind, again, core, self.forward_only)
 
-    def _estimate(self, structure: Structure, meshes: list[Mesh]) -> None:
-        rows = [
-            (mesh.pp, mesh.dp, mesh.tp, micro, chunks, zero, schedule)
-            for mesh in meshes
-            for micro in self._micro_batches(mesh)
-            for schedule, chunks in self._schedules(mesh, micro)
-            for zero in self._zero_stages(mesh)
-        ]
-        if not rows:
+    def _tables(self, meshes: list[Mesh]) -> dict[str, Candidates]:
+        """The placements of meshes by schedule: every micro-batch with every number of chunks."""
+        found: dict[str, list[NDArray[np.int64]]] = {}
+        for mesh in meshes:
+            micro = np.array(self._micro_batches(mesh))
+            by_name: dict[str, list[int]] = {}
+            for name, chunks in self._schedules(mesh):
+                by_name.setdefault(name, []).append(chunks)
+            for name, chunks_of in by_name.items():
+                rows = np.empty((len(micro) * len(chunks_of), 6), np.int64)
+                rows[:, :4] = mesh.pp, mesh.dp, mesh.cp, mesh.tp
+                rows[:, 4], rows[:, 5] = np.repeat(micro, len(chunks_of)), np.tile(chunks_of, len(micro))
+                found.setdefault(name, []).append(rows)
+        return {name: Candidates(*np.concatenate(rows).T) for name, rows in found.items()}
+
+    def _estimate(self, structure: Structure, tables: dict[str, Candidates]) -> None:
+        updates = self._updates()
+        kept = {name: self._possible_rows(structure, at, len(updates)) for name, at in tables.items()}
+        kept = {name: at for name, at in kept.items() if len(at.pp)}
+        if not kept:
             return
-        table = np.array([row[:6] for row in rows], dtype=np.int64)
-        names = np.array([row[6] for row in rows])
-        bad = self._impossible(structure, table)
-        if bad is not None:
-            reason, mask = bad
-            self.rejected[reason] += int(mask.sum())
-            table, names = table[~mask], names[~mask]
-        if not len(table):
-            return
-        costs = self._costs(structure, table)
-        ranks_per_host = np.full(len(table), self._ranks_per_host())
-        for schedule in dict.fromkeys(names.tolist()):
-            mask = names == schedule
-            columns = Candidates(*(table[mask, i] for i in range(6)))
-            chosen = {name: cost.take(np.flatnonzero(mask)) for name, cost in costs.items()}
-            seconds, peak = step_seconds(
-                chosen, columns, self.machine, structure, schedule, self.global_batch_size, ranks_per_host[mask]
+        every = np.concatenate([np.stack([at.tp, at.cp, at.micro_batch], axis=1) for at in kept.values()])
+        costs, place = self._costs(structure, every)
+        start = 0
+        for schedule, at in kept.items():
+            index = place[start : start + len(at.pp)]
+            start += len(at.pp)
+            question = Question(
+                self.machine, structure, schedule, self.global_batch_size, self._ranks_per_host(), updates
             )
-            self.candidates += len(seconds)
-            self.groups.append(_Group(structure, schedule, columns, seconds, peak))
+            seconds, peak = estimate(question, {name: cost.take(index) for name, cost in costs.items()}, at)
+            self.candidates += int(np.isfinite(seconds).sum())
+            self.groups.append(_Group(structure, schedule, at, updates, seconds, peak))
 
-    def _impossible(self, structure: Structure, table: NDArray[np.int64]) -> tuple[str, NDArray[np.bool_]] | None:
-        if structure.cp_kind == "ulysses" and structure.cp > 1:
-            return "key-value heads that ulysses cannot split", self.model.kv_heads % (table[:, 2] * structure.cp) != 0
-        return None
+    def _possible_rows(self, structure: Structure, at: Candidates, updates: int) -> Candidates:
+        """The placements that the structure's context parallelism can split."""
+        if structure.cp_kind != "ulysses" or not structure.cp:
+            return at
+        good = self.model.kv_heads % (at.tp * at.cp) == 0
+        self.rejected["key-value heads that ulysses cannot split"] += int((~good).sum()) * updates
+        return Candidates(*(getattr(at, f.name)[good] for f in fields(at)))
 
-    def _costs(self, structure: Structure, table: NDArray[np.int64]) -> dict[str, BlockCost]:
-        """Block costs of every candidate, each (tp, micro-batch) laid out and priced once."""
-        pairs, index = np.unique(table[:, [2, 3]], axis=0, return_inverse=True)
-        sizes = ArraySizes(self.model, pairs[:, 0], structure.cp, pairs[:, 1])
-        costs = StructureCosts(structure, self.machine, sizes, np.full(len(pairs), self._ranks_per_host())).blocks()
-        return {name: cost.take(index.reshape(-1)) for name, cost in costs.items()}
+    def _costs(self, structure: Structure, sizes: NDArray[np.int64]) -> tuple[dict[str, BlockCost], NDArray[np.int64]]:
+        """Block costs of every distinct (tp, cp, micro-batch), each priced once, and the one of every row."""
+        distinct, place = np.unique(sizes, axis=0, return_inverse=True)
+        arrays = ArraySizes(self.model, *distinct.T)
+        per_host = np.full(len(distinct), self._ranks_per_host())
+        return StructureCosts(structure, self.machine, arrays, per_host).blocks(), place.reshape(-1)
 
     def _ranks_per_host(self) -> int:
-        cpu = self.machine.device.kind == "cpu"
-        return self.workers if cpu else min(self.workers, self.machine.devices_per_host)
+        return self.machine.ranks_per_host(self.workers)
 
     def _micro_batches(self, mesh: Mesh) -> list[int]:
+        """Powers of two, and whatever divides a replica's batch, up to 128 sequences."""
         if self.micro_batch_size is not None:
             return [self.micro_batch_size]
         replica = -(-self.global_batch_size // mesh.dp)
-        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size <= replica]
-        return sizes if replica in sizes or replica > 128 else [*sizes, replica]
+        powers = {1, 2, 4, 8, 16, 32, 64, 128}
+        return [n for n in range(1, min(replica, 128) + 1) if n in powers or replica % n == 0]
 
-    def _schedules(self, mesh: Mesh, micro: int) -> Iterator[tuple[str, int]]:
-        wanted = self.fixed.get("schedule")
+    def _schedules(self, mesh: Mesh) -> Iterator[tuple[str, int]]:
+        wanted, chosen = self.fixed.get("schedule"), self.fixed.get("num_model_chunks")
         if mesh.pp == 1:
             if wanted in (None, "1f1b", "gpipe"):
                 yield wanted or "1f1b", 1
             return
-        for name in (wanted,) if wanted else SCHEDULES:
-            if self.forward_only and name != "gpipe":
-                yield "gpipe", 1
-                return
-            if name == "interleaved":
-                most = self.model.layers // mesh.pp
-                chunks = [v for v in range(2, most + 1) if most % v == 0 or v <= 4]
-                chosen = self.fixed.get("num_model_chunks")
-                yield from ((name, v) for v in chunks if chosen in (None, v))
-            else:
-                yield name, 1
+        for name in ("gpipe",) if self.forward_only else (wanted,) if wanted else SCHEDULES:
+            usual = model_chunks(name)
+            most = self.model.layers // mesh.pp
+            several = [v for v in range(2, most + 1) if most % v == 0 or v <= 4]
+            options = several if usual is None else [usual] if usual <= most else []
+            yield from ((name, v) for v in options if chosen in (None, v))
 
-    def _zero_stages(self, mesh: Mesh) -> tuple[int, ...]:
-        if "zero_stage" in self.fixed:
-            return (self.fixed["zero_stage"],) if mesh.dp * mesh.cp > 1 or not self.fixed["zero_stage"] else ()
-        return (0, 1, 2, 3) if mesh.dp * mesh.cp > 1 and not self.forward_only else (0,)
+    def _updates(self) -> tuple[Update, ...]:
+        if self.forward_only:
+            return (Update(0, overlap=False),)
+        zero, overlap = self.fixed.get("zero_stage"), self.fixed.get("overlap_gradients")
+        chosen = tuple(u for u in UPDATES if zero in (None, u.zero) and overlap in (None, u.overlap))
+        return chosen or (Update(int(zero or 0), overlap=False),)
 
     # ---- replay ------------------------------------------------------------------------------------------------------
 
-    def best(self) -> Iterator[tuple[_Group, int]]:
+    def best(self) -> Iterator[tuple[_Group, int, Update]]:
         """Candidates that are estimated to fit, fastest first; among equals the one that needs less memory."""
-        groups = [i for i, group in enumerate(self.groups) for _ in group.seconds]
-        rows = [row for group in self.groups for row in range(len(group.seconds))]
-        if not groups:
-            return
-        seconds = np.concatenate([group.seconds for group in self.groups])
-        peak = np.concatenate([group.peak_bytes for group in self.groups])
-        margin = 1.1  # an estimate may be a little high; the replay decides
-        self.rejected[self.memory_reason()] += int((peak > self.limit_bytes * margin).sum())
-        fits = np.flatnonzero(peak <= self.limit_bytes * margin)
-        for place in fits[np.lexsort((peak[fits], np.round(seconds[fits], 9)))]:
-            yield self.groups[groups[place]], rows[place]
+        margin = 1.02  # estimates lie at or below what the replay finds, which decides
+        short: list[tuple[float, float, int, int]] = []
+        for number, group in enumerate(self.groups):
+            seconds, peak = group.seconds.ravel(), group.peak_bytes.ravel()
+            possible = np.isfinite(seconds)
+            fits = np.flatnonzero(possible & (peak <= self.limit_bytes * margin))
+            self.rejected[self.memory_reason()] += int(possible.sum()) - len(fits)
+            if len(fits) > BEST_KEPT:
+                fits = fits[np.argpartition(seconds[fits], BEST_KEPT)[:BEST_KEPT]]
+            short += [(round(float(seconds[i]), 9), float(peak[i]), number, int(i)) for i in fits]
+        for _, _, number, place in sorted(short)[:BEST_KEPT]:
+            group = self.groups[number]
+            row, column = divmod(place, len(group.updates))
+            yield group, row, group.updates[column]
 
     def memory_reason(self) -> str:
         """The reason under which candidates are counted that do not fit."""
         return f"more memory than the {self.limit_bytes / 2**30:.1f} GiB of a rank"
 
-    def plan(self, group: _Group, row: int) -> Plan:
+    def plan(self, group: _Group, row: int, update: Update) -> Plan:
         """The candidate as a plan, its layers placed so that the slowest stage is as fast as can be."""
         structure, at = group.structure, group.columns
-        pp, dp, tp, micro, chunks, zero = (int(getattr(at, f.name)[row]) for f in fields(at))
-        mesh = Mesh(pp=pp, dp=dp, cp=structure.cp, tp=tp)
+        pp, dp, cp, tp, micro, chunks = (int(getattr(at, f.name)[row]) for f in fields(at))
+        mesh = Mesh(pp=pp, dp=dp, cp=cp, tp=tp)
         return make_plan(
             self.model, mesh,
             global_batch_size=self.global_batch_size,
@@ -246,7 +269,8 @@ class _Search:
             sequence_parallel=structure.sequence_parallel,
             cp_kind=structure.cp_kind,
             recompute=structure.recompute,
-            zero_stage=zero,
+            zero_stage=update.zero,
+            overlap_gradients=update.overlap,
             attention=structure.attention,
             training=self.training,
             forward_only=self.forward_only,
@@ -256,7 +280,7 @@ class _Search:
         stages = mesh.pp * chunks
         if stages == 1:
             return (self.model.layers,)
-        costs = self._costs(structure, np.array([[mesh.pp, mesh.dp, mesh.tp, micro, chunks, 0]]))
+        costs, _ = self._costs(structure, np.array([[mesh.tp, mesh.cp, micro]]))
         whole = {name: float((c.forward_seconds + c.backward_seconds)[0]) for name, c in costs.items()}
         return balance(self.model.layers, stages, whole["layer"], whole["embedding"], whole["head"])
 
@@ -287,7 +311,7 @@ def default_memory_limit(machine: Machine, workers: int) -> float:
     """The device's memory; on a CPU the host's over the ranks on it."""
     host = machine.host.memory_bytes
     if machine.device.kind == "cpu" and host is not None:
-        return host / workers
+        return host / machine.ranks_per_host(workers)
     return machine.device.memory_bytes
 
 
@@ -329,25 +353,31 @@ def suggest(
         forward_only,
     )  # fmt: skip
     search.estimate_all()
+    estimated = time.perf_counter()
     ranked: list[Ranked] = []
     replayed = 0
-    for group, row in search.best():
-        if replayed >= max(ALWAYS_REPLAYED, top) or (
-            replayed >= ALWAYS_REPLAYED and time.perf_counter() - started > REPLAY_SECONDS
-        ):
+    too_large: dict[tuple[object, ...], float] = {}  # least estimate in a family that a replay found not to fit
+    for group, row, update in search.best():
+        late = time.perf_counter() - estimated > REPLAY_SECONDS
+        if replayed >= top + SPARE_REPLAYS or (late and len(ranked) >= ALWAYS_REPLAYED):
             break
+        family, needed = group.family(row), float(group.peak_bytes[row, group.updates.index(update)])
+        if needed >= too_large.get(family, np.inf):
+            search.rejected[search.memory_reason()] += 1
+            continue
         replayed += 1
         try:
-            plan = search.plan(group, row)
+            plan = search.plan(group, row, update)
             prediction = predict(plan, machine)
         except MeshwrightError as error:
             search.rejected[str(error)] += 1
             continue
-        if max(prediction.peak_bytes) > limit:
+        if _needed_bytes(machine, plan, prediction) > limit:
             search.rejected[search.memory_reason()] += 1
+            too_large[family] = min(needed, too_large.get(family, np.inf))
             continue
         ranked.append(Ranked(plan, prediction))
-    ranked.sort(key=lambda r: (r.prediction.step_seconds, max(r.prediction.peak_bytes)))
+    ranked = [ranked[place] for place in by_preference([each.prediction for each in ranked], machine.residuals)]
     rejected = [Rejection(reason, count) for reason, count in search.rejected.most_common() if count]
     if not ranked:
         raise PlanError(_nothing_fits(search, workers))
@@ -360,6 +390,13 @@ def suggest(
         rejected=rejected,
         notes=_notes(model, workers, machine),
     )
+
+
+def _needed_bytes(machine: Machine, plan: Plan, prediction: Prediction) -> float:
+    """What the fullest rank takes of its device's memory."""
+    parts = prediction.peak_parts
+    ranks = {members[0] for members in prediction.rank_classes}
+    return max(device_bytes(machine, plan, {name: values[rank] for name, values in parts.items()}) for rank in ranks)
 
 
 def _nothing_fits(search: _Search, workers: int) -> str:
@@ -378,9 +415,10 @@ def _notes(model: ModelSpec, workers: int, machine: Machine) -> list[str]:
     if model.heads % workers:
         relation = "fewer heads than workers: tp stops there" if workers > model.heads else "uneven shares are costed"
         notes.append(f"{model.heads} heads do not divide over {workers} workers: {relation}")
-    if machine.device.kind == "cpu" and workers > machine.host.cores:
+    per_host = machine.ranks_per_host(workers)
+    if machine.device.kind == "cpu" and per_host > machine.host.cores:
         notes.append(
-            f"{workers} ranks share {machine.host.cores} cores of {machine.name}: "
+            f"{per_host} ranks share {machine.host.cores} cores of {machine.name}: "
             "they take turns, so no speed-up over fewer ranks is promised"
         )
     return notes

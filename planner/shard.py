@@ -28,16 +28,15 @@ def split_evenly(size: int, parts: int) -> tuple[int, ...]:
 
 def split_by_speed(size: int, speeds: Sequence[float]) -> tuple[int, ...]:
     """Part sizes proportional to relative speeds, by largest remainder, at least one each where size allows."""
-    total = sum(speeds)
-    floor = 1 if size >= len(speeds) else 0
-    ideal = [max(floor, size * speed / total) for speed in speeds]
-    scale = size / sum(ideal)
-    sizes = [max(floor, int(x * scale)) for x in ideal]
-    by_remainder = sorted(range(len(speeds)), key=lambda i: sizes[i] - ideal[i] * scale)
-    for k in range(size - sum(sizes)):
-        sizes[by_remainder[k % len(sizes)]] += 1
-    while sum(sizes) > size:
-        sizes[max(range(len(sizes)), key=lambda i: sizes[i] - ideal[i])] -= 1
+    ideal = [size * speed / sum(speeds) for speed in speeds]
+    sizes = [int(share) for share in ideal]
+    by_remainder = sorted(range(len(speeds)), key=lambda i: sizes[i] - ideal[i])
+    for i in by_remainder[: size - sum(sizes)]:
+        sizes[i] += 1
+    while size >= len(speeds) and 0 in sizes:
+        giver = max((i for i, held in enumerate(sizes) if held > 1), key=lambda i: sizes[i] - ideal[i])
+        sizes[giver] -= 1
+        sizes[sizes.index(0)] = 1
     return tuple(sizes)
 
 

@@ -117,22 +117,28 @@ def load_measurement(path: Path) -> Measurement:
     return read_json(path, Measurement, "measurement")
 
 
-def rank_classes(plan: Plan) -> list[list[int]]:
-    """Ranks that do equal work: same stages, same part sizes along every other axis.
+def axis_classes(plan: Plan) -> dict[str, list[Any]]:
+    """What decides the work of each coordinate along "dp", "cp" and "tp": coordinates with equal values do equal work.
 
-    Parts of equal size may still see different shares of a causal mask; only the zig-zag order makes those equal.
+    Parts of equal size may still see different shares of an attention mask; only the zig-zag order makes those equal.
     """
-    mesh, parts = plan.mesh, plan.parts
-    masked = plan.seq_order == "contiguous" and (plan.model.causal or plan.model.attention_window is not None)
-    starts = offsets(parts.heads)
+    mesh, parts, model = plan.mesh, plan.parts, plan.model
+    masked = plan.seq_order == "contiguous" and (model.causal or model.attention_window is not None)
+    starts, group = offsets(parts.heads), model.heads // model.kv_heads
+    tp = []
+    for t in range(mesh.tp):
+        kv_heads = (starts[t + 1] - 1) // group - starts[t] // group
+        longer = tuple(size % mesh.tp > t for size in parts.seq) if plan.sequence_parallel else ()
+        tp.append((parts.heads[t], kv_heads, parts.ffn[t], parts.vocab[t], longer))
+    return {"dp": list(parts.batch), "cp": list(range(mesh.cp)) if masked else list(parts.seq), "tp": tp}
+
+
+def rank_classes(plan: Plan) -> list[list[int]]:
+    """Ranks that do equal work: same stages, same part sizes along every other axis."""
+    along = axis_classes(plan)
     found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for rank, at in enumerate(mesh.coordinates()):
-        group = plan.model.heads // plan.model.kv_heads
-        kv = (starts[at.tp + 1] - 1) // group - starts[at.tp] // group
-        seq = at.cp if masked and mesh.cp > 1 else parts.seq[at.cp]
-        inner = sum(parts.seq) if not plan.sequence_parallel else parts.seq[at.cp] % mesh.tp > at.tp
-        key = (at.pp, parts.batch[at.dp], seq, inner, parts.heads[at.tp], kv, parts.ffn[at.tp], parts.vocab[at.tp])
-        found[key].append(rank)
+    for rank, at in enumerate(plan.mesh.coordinates()):
+        found[at.pp, along["dp"][at.dp], along["cp"][at.cp], along["tp"][at.tp]].append(rank)
     return list(found.values())
 
 
@@ -145,8 +151,8 @@ def is_communication(key: str) -> bool:
 
 
 def is_pipeline_wait(key: str) -> bool:
-    """Whether waiting under this key is pipeline bubble: for a stage's input, or at the step's end."""
-    return key.startswith(("pp.receive", "world.all_reduce.loss", "step.end"))
+    """Whether waiting under this key is pipeline bubble: for a stage's input, or for the pipeline to drain."""
+    return key.startswith(("pp.receive", "pp.tied_gradient_sum", "world.all_reduce.loss", "step.end"))
 
 
 class Figures(NamedTuple):

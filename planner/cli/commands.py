@@ -28,18 +28,58 @@ class Command(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuggestOptions(TrainingOptions, BatchOptions, MachineOptions, ModelOptions):
-    """Options of `planner suggest`."""
+class SearchOptions(TrainingOptions, BatchOptions, MachineOptions, ModelOptions):
+    """What a search is asked, whoever asks it."""
 
-    workers: int = required("Number of ranks to plan for.")
     fix: str | None = option(
         "Choices that are not searched: KEY=VALUE of the axes and options of a plan, as tp=2,pp=4."
     )
-    top: int = option("How many plans to show.", default=10)
     memory_limit: str | None = option("Memory of a rank, such as 80GiB; when left out the machine's.")
     forward_only: bool = option("Plan an evaluation: no backward pass.", default=False)
-    explain: bool = option("Say what bounds the winner, and show the algebra of layouts.", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuggestOptions(SearchOptions):
+    """Options of `planner suggest`."""
+
+    workers: int = required("Number of ranks to plan for.")
+    top: int = option("How many plans to show.", default=10)
+    explain: bool = option(
+        "Say what bounds the winner and what would change it: searches again on half and double the network bandwidth, "
+        "memory and batch.",
+        default=False,
+    )
     out: str = option("Folder for plan.json and predicted.json.", "-o", "--out", default=".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(SearchOptions):
+    """Options of `planner tune`."""
+
+    workers: int = required("Number of ranks to plan for.")
+    top: int = option("How many plans to run.", default=5)
+    steps: int = option("Timed steps of each plan in each round.", default=5)
+    rounds: int = option("How often the plans take turns.", default=2)
+    data: str | None = option("Text to train on, or synthetic; a text that every Python has when left out.")
+    out: str = option(
+        "Folder for plan.json, predicted.json and measured.json of the winner.", "-o", "--out", default="."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(SearchOptions):
+    """Options of `planner sweep`."""
+
+    workers: str | None = option("Numbers of ranks: 8..16384 for the powers of two between, or a list such as 8,12,16.")
+    weak: bool = option("Let the batch grow with the workers, or keep it.", "--weak/--strong", default=False)
+    tokens: float | None = option("Tokens to train on, such as 300e9, for days and price.")
+    dollars_per_hour: float | None = option("Price of one device; the profile's when left out.")
+    svg: str | None = option("Write the curves, or the experiment's chart, as an SVG figure.")
+    measure: str | None = option("Run a classic experiment, predicted and measured side by side; 'list' names them.")
+    steps: int = option("With --measure: timed steps of each plan.", default=5)
+    max_ranks: int | None = option(
+        "With --measure: run plans of up to so many ranks, predict the others; the cores of this machine when left out."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +114,17 @@ class CompareOptions:
 
     predicted: str = argument("A prediction, or the first of two of a kind.", "PREDICTED")
     measured: str = argument("A measurement, or the second of two of a kind.", "MEASURED")
+    html: str | None = option("Write a self-contained page with both timelines one above the other.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(MachineOptions):
+    """Options of `planner calibrate`."""
+
+    files: list[str] = argument("Measurements that 'planner run' wrote.", "MEASURED...")  # noqa: RUF009
+    out: str | None = option(
+        "File to write; when left out the profile's own file, or NAME-calibrated.toml for a shipped one.", "-o", "--out"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +223,31 @@ COMMANDS = (
     Command(
         "compare",
         "Lay a prediction beside a measurement: where it was right, where it was wrong, and why.",
-        "planner compare predicted.json measured.json",
+        "planner compare predicted.json measured.json --html comparison.html",
         CompareOptions,
         "planner.cli.viewing:compare_files",
+    ),
+    Command(
+        "calibrate",
+        "Refine a machine's profile from a run: its figures, as measured against as predicted.",
+        "planner calibrate measured.json --machine profile.toml",
+        CalibrateOptions,
+        "planner.cli.tuning:calibrate_machine",
+    ),
+    Command(
+        "tune",
+        "Run the best plans of a search in turns, and rank them by what they take.",
+        "planner tune --workers 2 --layers 2 --hidden 128 --heads 4 --top 3",
+        TuneOptions,
+        "planner.cli.tuning:tune_plans",
+    ),
+    Command(
+        "sweep",
+        "Draw scaling curves over numbers of workers, or measure a classic experiment.",
+        "planner sweep --workers 256..1024 --model gpt3-175b --machine a100-80gb --tokens 3e11\n"
+        "planner sweep --measure layer-blocks",
+        SweepOptions,
+        "planner.cli.sweeping:sweep",
     ),
     Command(
         "profile",

@@ -7,15 +7,18 @@ from typing import Any
 
 from rich.console import Group
 
-from planner.cli.commands import PlanOptions, PredictOptions, SuggestOptions
+from planner.cli.commands import PlanOptions, PredictOptions, SearchOptions, SuggestOptions
 from planner.cli.frame import Answer, say
 from planner.errors import DataError, PlanError
+from planner.explain import cheapest_signatures, variations
 from planner.options import parse_bytes, parse_fixed
 from planner.plan import dump_plan, load_plan
 from planner.predict import predict
+from planner.report.explanation import explanation_document, explanation_view
 from planner.report.plan import algebra_view, plan_document, plan_view
 from planner.report.record import record_document, record_view
 from planner.report.suggestion import suggestion_document, suggestion_view
+from planner.request import SearchRequest
 from planner.resolve import (
     MachineChoice,
     fixed_choices,
@@ -27,49 +30,67 @@ from planner.resolve import (
     training,
     world_size,
 )
-from planner.search import suggest
+from planner.ties import count_ties
 from planner.trace import dump_record
 
 
 def suggest_plans(options: SuggestOptions) -> Answer:
     """Search, write the winner and its prediction, explain."""
-    for name, value in (("workers", options.workers), ("top", options.top)):
-        if value < 1:
-            raise PlanError(f"--{name} {value} is too few; use at least 1")
-    fixed = fixed_choices(parse_fixed(options.fix))
-    limit = None if options.memory_limit is None else parse_bytes(options.memory_limit)
     folder = Path(options.out)
     if not folder.is_dir():
         raise DataError(f"-o {folder} is no folder; make it first, or name another")
-    model, choice = model_spec(options), machine_choice(options)
+    choice, asked = search_request(options, options.workers, options.top)
     say(choice.sentence)
-    found = suggest(
-        model,
-        options.workers,
-        choice.machine,
-        global_batch_size=global_batch_size(options, options.workers),
-        micro_batch_size=micro_batch_size(options),
-        training=training(options, choice, options.workers),
-        fixed=fixed,
-        top=options.top,
-        memory_limit_bytes=limit,
-        forward_only=options.forward_only,
-    )
+    found = asked.ask()
     best = found.plans[0]
     files = folder / "plan.json", folder / "predicted.json"
     dump_plan(best.plan, files[0])
     dump_record(best.prediction, files[1])
     say(f"wrote {files[0]} and {files[1]}")
+    ties = count_ties([each.prediction for each in found.plans], choice.machine.residuals)
+    changes = list(variations(asked, found)) if options.explain else []
+    signatures = cheapest_signatures(found, choice.machine) if options.explain else None
 
     def document() -> dict[str, Any]:
-        more = {"machine": machine_document(choice), "files": [str(path) for path in files]}
-        return suggestion_document(found) | more
+        more: dict[str, Any] = {"machine": machine_document(choice), "files": [str(path) for path in files]}
+        if options.explain:
+            more["explanation"] = explanation_document(found, changes, signatures)
+        return suggestion_document(found, ties) | more
 
     def view() -> Any:
-        shown = suggestion_view(found, explain=options.explain)
-        return Group(shown, algebra_view()) if options.explain else shown
+        shown = suggestion_view(found, ties=ties)
+        if not options.explain:
+            return shown
+        return Group(shown, explanation_view(found, changes, signatures), algebra_view())
 
     return Answer(document, view)
+
+
+def search_request(options: SearchOptions, workers: int, top: int) -> tuple[MachineChoice, SearchRequest]:
+    """Return the machine and the request that the options of a search ask about so many workers.
+
+    Raises:
+        MeshwrightError: an option outside its range.
+    """
+    for name, value in (("workers", workers), ("top", top)):
+        if value < 1:
+            raise PlanError(f"--{name} {value} is too few; use at least 1")
+    fixed = fixed_choices(parse_fixed(options.fix))
+    limit = None if options.memory_limit is None else parse_bytes(options.memory_limit)
+    model, choice = model_spec(options), machine_choice(options)
+    asked = SearchRequest(
+        model=model,
+        workers=workers,
+        machine=choice.machine,
+        global_batch_size=global_batch_size(options, workers),
+        micro_batch_size=micro_batch_size(options),
+        training=training(options, choice, workers),
+        fixed=fixed,
+        top=top,
+        memory_limit_bytes=limit,
+        forward_only=options.forward_only,
+    )
+    return choice, asked
 
 
 def machine_document(choice: MachineChoice) -> dict[str, str]:

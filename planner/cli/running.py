@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from planner.cli.commands import ProfileOptions, RunOptions
@@ -21,13 +22,13 @@ from planner.launch import (
     launch_environment,
 )
 from planner.machine import load_machine, user_profile_path
-from planner.plan import Plan, load_plan
+from planner.plan import Plan, dump_plan, load_plan
 from planner.predict import predict
 from planner.report.comparison import comparison_document, comparison_view
 from planner.report.lists import machine_document, machine_view
 from planner.report.units import seconds_text
 from planner.resolve import machine_choice, usable_cores
-from planner.trace import Prediction, load_prediction
+from planner.trace import Measurement, Prediction, load_measurement, load_prediction
 
 
 def run_plan(options: RunOptions) -> Answer:
@@ -85,6 +86,49 @@ def _launch(program: list[str], ranks: int, threads_per_rank: int, out: Path) ->
             else f"planner: mpirun exited with status {status}"
         )
     return status if status in (0, 2, INTERRUPTED) else INTERNAL_ERROR
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs plans for a few steps each, for commands that run many.
+
+    Attributes:
+        folder: Where plans and measurements are kept meanwhile.
+        steps: Timed steps of a run.
+        warmup: Steps before them.
+        data: Text to train on, or synthetic; None for the default text.
+    """
+
+    folder: Path
+    steps: int
+    warmup: int
+    data: str | None = None
+
+    def run(self, place: int, plan: Plan, number: int) -> Measurement:
+        """Run a plan.
+
+        Raises:
+            DataError: the run failed; its own message stands on stderr.
+        """
+        path, out = self.folder / f"plan-{place}.json", self.folder / f"measured-{place}-{number}.json"
+        dump_plan(plan, path)
+        program = [*find_executor(), "run", str(path), "--steps", str(self.steps), "--warmup", str(self.warmup)]
+        program += ["-o", str(out), *([] if self.data is None else ["--data", self.data])]
+        ranks, threads = plan.mesh.world_size, plan.training.threads_per_rank
+        cores = usable_cores()
+        command = launch_command(find_launcher(), ranks, program, threads_per_rank=threads, cores=cores, root=is_root())
+        with (self.folder / "output.txt").open("w+", encoding="utf-8") as output:
+            status = launch(command, launch_environment(threads), stdout=output, stderr=output)
+            if status == INTERRUPTED:
+                raise KeyboardInterrupt
+            if status:
+                output.seek(0)
+                told = " / ".join(output.read().strip().splitlines()[-3:]) or "no message"
+                raise DataError(
+                    f"plan {place + 1} on {ranks} ranks ended with status {status}: {told}; "
+                    "run it alone with 'planner run' to see more"
+                )
+        return load_measurement(out)
 
 
 def profile_machine(options: ProfileOptions) -> Answer:

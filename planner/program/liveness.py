@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from planner.program.tasks import Buffer, Task
 
@@ -33,7 +34,7 @@ def with_frees(
     """
     finished: list[Segment] = []
     for i, tasks in enumerate(segments):
-        later = set().union(*(needed(rest, buffers) for rest in segments[i + 1 :])) if i + 1 < len(segments) else set()
+        later = needed(chain.from_iterable(segments[i + 1 :]), buffers)  # what a segment writes, the next need not keep
         keep = later | {buffers[name].root for name in live_out[i]}
         last: dict[str, int] = {}
         for index, task in enumerate(tasks):

@@ -358,7 +358,7 @@ class StageForward:
             Task(
                 f"cp.ring_shift.layer.{'+'.join(n.rsplit('.', 1)[-1].split('@')[0] for n in names)}.{way}",
                 "ring_shift", operator.name, phase, reads=names, writes=tuple(results), axis="cp",
-                work=Work(bytes=payload, full_bytes=payload),
+                attributes={"step": step}, work=Work(bytes=payload, full_bytes=payload),
             )
         )  # fmt: skip
         return tuple(results)

@@ -41,6 +41,8 @@ def unit_task(plan: Plan, unit: Unit, position: int, kind: str, phase: str) -> T
     total = unit.size * item
     gathers = kind in ("parameter_gather", "parameter_all_gather")
     payload = unit.shard_sizes[position] * item if gathers else total
+    if kind in ("parameter_drop", "gradient_wait"):  # nothing is handed over that was not counted at the start
+        payload = 0
     way = "forward" if phase == "F" else ("update" if phase == "U" else "backward")
     return Task(
         f"data.{kind}.{_generic(unit.block)}.{way}", kind, unit.block, phase, axis="data",

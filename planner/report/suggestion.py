@@ -28,17 +28,16 @@ _PLACE_NAMES = {
 }
 _MATTERS = 0.005  # differences below this share of the step are not told
 _SHOWN = 0.0005  # places that take less than this share in every plan have no column
-_TIE = 1e-3  # as are differences of the steps themselves
 
 
-def suggestion_document(found: Suggestion) -> dict[str, Any]:
-    """Return the suggestion as JSON: the contract of `planner suggest --json`."""
+def suggestion_document(found: Suggestion, ties: int = 1) -> dict[str, Any]:
+    """Return the suggestion as JSON: the contract of `planner suggest --json`; the first `ties` plans are tied."""
     return {
         "candidates": found.candidates,
         "feasible": found.feasible,
         "replayed": found.replayed,
         "seconds": found.seconds,
-        "plans": [_plan_document(rank, each) for rank, each in enumerate(found.plans, 1)],
+        "plans": [_plan_document(rank, each) | {"tie": 1 < ties >= rank} for rank, each in enumerate(found.plans, 1)],
         "rejected": [{"reason": each.reason, "count": each.count} for each in found.rejected],
         "notes": found.notes,
     }
@@ -57,6 +56,7 @@ def _plan_document(rank: int, ranked: Ranked) -> dict[str, Any]:
         "zero_stage": plan.zero_stage,
         "sequence_parallel": plan.sequence_parallel,
         "cp_kind": plan.cp_kind,
+        "overlap_gradients": plan.overlap_gradients,
         "attention": plan.attention,
         "stage_layers": list(plan.stage_layers),
         "plan_hash": prediction.plan_hash,
@@ -69,6 +69,7 @@ def _plan_document(rank: int, ranked: Ranked) -> dict[str, Any]:
         "exposed_communication_seconds": prediction.exposed_communication_seconds,
         "peak_bytes": max(prediction.peak_bytes),
         "breakdown_seconds": breakdown(prediction),
+        "warnings": prediction.warnings,
     }
 
 
@@ -91,6 +92,8 @@ def choices_text(plan: Plan) -> str:
         words.append(plan.schedule.name + (f" v={chunks}" if chunks > 1 else ""))
     if plan.zero_stage:
         words.append(f"zero={plan.zero_stage}")
+    if plan.overlap_gradients:
+        words.append("overlap")
     if plan.sequence_parallel:
         words.append("seq-parallel")
     if plan.mesh.cp > 1:
@@ -104,21 +107,20 @@ def choices_text(plan: Plan) -> str:
     return ", ".join(words) or "–"
 
 
-def suggestion_view(found: Suggestion, *, explain: bool) -> RenderableType:
-    """Return the tables and sentences of a suggestion."""
-    parts: list[RenderableType] = [_table(found), Text()]
-    parts += [Text(sentence) for sentence in reasons(found)]
+def suggestion_view(found: Suggestion, *, ties: int = 1) -> RenderableType:
+    """Return the tables and sentences of a suggestion whose first `ties` plans are tied."""
+    parts: list[RenderableType] = [_table(found, ties), Text()]
+    parts += [Text(sentence) for sentence in reasons(found, ties)]
+    parts += [Text(f"warning: {warning}") for warning in found.plans[0].prediction.warnings]
     if found.rejected:
         total = sum(each.count for each in found.rejected)
         parts.append(Text(f"rejected {count_text(total)}:"))
         parts += [Text(f"  {count_text(each.count):>9}  {each.reason}") for each in found.rejected]
     parts += [Text(f"note: {note}") for note in found.notes]
-    if explain:
-        parts += [Text(sentence) for sentence in bounds(found.plans[0].prediction)]
     return Group(*parts)
 
 
-def _table(found: Suggestion) -> Table:
+def _table(found: Suggestion, ties: int) -> Table:
     title = (
         f"best {len(found.plans)} of {count_text(found.candidates)} candidates; {count_text(found.feasible)} fit, "
         f"{count_text(found.replayed)} replayed, {seconds_text(found.seconds)}"
@@ -129,17 +131,18 @@ def _table(found: Suggestion) -> Table:
     table.add_column("#", justify="right")
     table.add_column("plan", min_width=22)
     table.add_column("micro×m", justify="right", no_wrap=True)
-    for name in ("step", "tokens/s", "MFU", "peak"):
+    for name in ("step", "80% within", "tokens/s", "MFU", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
     for place in shown:
         table.add_column({"waiting": "wait", "overhead": "other"}.get(place, place), justify="right", no_wrap=True)
     for rank, (each, share) in enumerate(zip(found.plans, shares, strict=True), 1):
         plan, prediction = each.plan, each.prediction
         table.add_row(
-            str(rank),
+            f"{rank}=" if 1 < ties >= rank else str(rank),
             mesh_text(plan) + (f", {choices}" if (choices := choices_text(plan)) != "–" else ""),
             f"{plan.micro_batch_size}×{num_micro_batches(plan)}",
             seconds_text(prediction.step_seconds),
+            f"{seconds_text(prediction.low_seconds)}–{seconds_text(prediction.high_seconds)}",
             rate_text(prediction.tokens_per_second),
             percent_text(prediction.mfu),
             bytes_text(max(prediction.peak_bytes)),
@@ -153,18 +156,44 @@ def _shares(prediction: Prediction) -> dict[str, float]:
     return {place: seconds / prediction.step_seconds for place, seconds in breakdown(prediction).items()}
 
 
-def reasons(found: Suggestion) -> Iterator[str]:
-    """Yield why the first plan won over the runner-up."""
+def reasons(found: Suggestion, ties: int = 1) -> Iterator[str]:
+    """Yield why the first plan won over the runner-up, what it ties with, and how sure its time is."""
     if len(found.plans) < 2:
         yield "Only one plan was found that can be carried out and fits."
         return
-    first, second = found.plans[0], found.plans[1]
+    first = found.plans[0]
+    if ties > 1:
+        yield tie_sentence(found, ties)
+    if ties < len(found.plans):
+        yield _gain_sentence(found, ties)
+    seconds = first.prediction.high_seconds
+    within = sum(each.prediction.step_seconds < seconds for each in found.plans)
+    low, high = seconds_text(first.prediction.low_seconds), seconds_text(seconds)
+    yield f"#1 takes {low} to {high} with 80% confidence; {within} of the plans shown lie below that end."
+
+
+def tie_sentence(found: Suggestion, ties: int) -> str:
+    """Return which plans tie, and why the first of them is preferred."""
+    plans = found.plans[:ties]
+    fastest = min(each.prediction.step_seconds for each in plans)
+    spread = max(each.prediction.step_seconds for each in plans) / fastest - 1
+    needs, most = (bytes_text(size) for size in (_peak(plans[0]), max(map(_peak, plans))))
+    why = "which leaves most memory free" if _peak(plans[0]) < max(map(_peak, plans)) else "the fastest of them"
+    return (
+        f"#1 to #{ties} are a tie: their steps lie {percent_text(spread)} apart, less than the model can tell. "
+        f"Preferred is #1, {why} ({needs} a rank; the others need up to {most})."
+    )
+
+
+def _peak(ranked: Ranked) -> int:
+    return max(ranked.prediction.peak_bytes)
+
+
+def _gain_sentence(found: Suggestion, ties: int) -> str:
+    """Return what the best plan gains over the best that does not tie with it."""
+    first, second = found.plans[0], found.plans[ties]
     step, other = first.prediction.step_seconds, second.prediction.step_seconds
-    names = f"#1 ({mesh_text(first.plan)}) over #2 ({mesh_text(second.plan)})"
-    if other - step < _TIE * step:
-        needs, would = (bytes_text(max(each.prediction.peak_bytes)) for each in (first, second))
-        yield f"{names}: a tie in time; #1 needs {needs} of memory a rank, #2 {would}."
-        return
+    names = f"#1 ({mesh_text(first.plan)}) over #{ties + 1} ({mesh_text(second.plan)})"
     ours, theirs = breakdown(first.prediction), breakdown(second.prediction)
     gains = {place: theirs[place] - ours[place] for place in PLACES}
     told = sorted((p for p in PLACES if abs(gains[p]) >= _MATTERS * step), key=lambda p: -abs(gains[p]))
@@ -172,11 +201,7 @@ def reasons(found: Suggestion) -> Iterator[str]:
     more = [f"{seconds_text(-gains[p])} more {_PLACE_NAMES[p]}" for p in told if gains[p] < 0]
     why = f": {', '.join(less)}" if less else ""
     though = f", though {', '.join(more)}" if more else ""
-    yield f"{names}: {seconds_text(other - step)} ({percent_text((other - step) / other)}) faster{why}{though}."
-    if other < first.prediction.high_seconds:
-        ties = sum(each.prediction.step_seconds < first.prediction.high_seconds for each in found.plans)
-        low, high = seconds_text(first.prediction.low_seconds), seconds_text(first.prediction.high_seconds)
-        yield f"#1 takes {low} to {high} with 80% confidence; {ties} of the plans shown lie within that."
+    return f"{names}: {seconds_text(other - step)} ({percent_text((other - step) / other)}) faster{why}{though}."
 
 
 def bounds(prediction: Prediction) -> Iterator[str]:

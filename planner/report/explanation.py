@@ -1,0 +1,117 @@
+"""The explanation of a suggestion: what bounds it, what would change it, and its signatures beside the usual ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from planner.assign import Assignment
+from planner.compare import decompose
+from planner.explain import Variation
+from planner.report.suggestion import bounds, choices_text, mesh_text
+from planner.report.tables import new_table
+from planner.report.units import bytes_text, percent_text, rate_text, seconds_text
+from planner.search import Ranked, Suggestion
+from planner.trace import Prediction
+
+_NAMES = {"network": "network bandwidth", "memory": "memory limit", "batch": "global batch"}
+_SAME = 5e-4  # changes below this share are none
+LARGEST = 3
+
+
+def explanation_document(
+    found: Suggestion, changes: Sequence[Variation], signatures: Assignment | None
+) -> dict[str, Any]:
+    """Return the explanation as JSON."""
+    best = found.plans[0].prediction
+    return {
+        "bounds": list(_bounds(best)),
+        "variations": [_change_document(each, best) for each in changes],
+        "signatures": None
+        if signatures is None
+        else {
+            "usual": signatures.is_usual,
+            "seconds": signatures.seconds,
+            "usual_seconds": signatures.usual_seconds,
+            "by_role": signatures.signatures,
+        },
+    }
+
+
+def _change_document(change: Variation, before: Prediction) -> dict[str, Any]:
+    best = change.best
+    return {
+        "what": change.what,
+        "factor": change.factor,
+        "same": change.same,
+        "mesh": None if best is None else mesh_text(best.plan),
+        "choices": None if best is None else choices_text(best.plan),
+        "step_seconds": None if best is None else best.prediction.step_seconds,
+        "tokens_per_second": None if best is None else best.prediction.tokens_per_second,
+        "gain": None if best is None else best.prediction.tokens_per_second / before.tokens_per_second - 1,
+        "kept_seconds": change.kept_seconds,
+        "reason": change.reason,
+    }
+
+
+def explanation_view(found: Suggestion, changes: Sequence[Variation], signatures: Assignment | None) -> RenderableType:
+    """Return the explanation for people."""
+    best = found.plans[0]
+    parts: list[RenderableType] = [Text(sentence) for sentence in _bounds(best.prediction)]
+    if signatures is not None:
+        parts.append(Text(signature_sentence(signatures, best)))
+    return Group(*parts, Text(), _changes(changes, best))
+
+
+def _bounds(best: Prediction) -> Iterator[str]:
+    yield from bounds(best)
+    step, terms = best.step_seconds, decompose(best)
+    largest = sorted(((s, term) for term, s in terms.items() if term.cause != "overhead"), key=lambda row: -row[0])
+    told = ", ".join(f"{term.name} {percent_text(s / step)}" for s, term in largest[:LARGEST])
+    yield f"What a step spends most on, over all layers: {told}."
+
+
+def signature_sentence(found: Assignment, best: Ranked) -> str:
+    """Return whether the usual tensor-parallel signatures are the cheapest, and what others would gain."""
+    if found.is_usual:
+        return "The usual tensor-parallel signatures are the cheapest of all that the algebra allows."
+    differ = ", ".join(
+        f"{role} {chosen} (usual {best.plan.layouts[role]['tp']})"
+        for role, chosen in sorted(found.signatures.items())
+        if role in best.plan.layouts and best.plan.layouts[role]["tp"] != chosen
+    )
+    gain = percent_text(1 - found.seconds / found.usual_seconds)
+    changed = f" with {differ}" if differ else ", and the plan has them"
+    return f"On the tensor axis the cheapest signatures take {gain} less than the usual ones{changed}."
+
+
+def _changes(changes: Sequence[Variation], before: Ranked) -> Table:
+    table = new_table("if one thing were different")
+    for name in ("change", "best plan then"):
+        table.add_column(name)
+    for name in ("step", "tokens/s", "against now", "peak", "#1 kept"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rate = before.prediction.tokens_per_second
+    for each in changes:
+        title = f"{'half' if each.factor < 1 else 'double'} the {_NAMES[each.what]}"
+        kept = "–" if each.kept_seconds is None else seconds_text(each.kept_seconds)
+        if each.best is None:
+            table.add_row(title, f"none: {each.reason}", "–", "–", "–", "–", kept)
+            continue
+        plan, prediction = each.best.plan, each.best.prediction
+        gain = prediction.tokens_per_second / rate - 1
+        name = "the same" if each.same else f"{mesh_text(plan)}, {choices_text(plan)}".removesuffix(", –")
+        table.add_row(
+            title,
+            f"{name}, micro {plan.micro_batch_size}",
+            seconds_text(prediction.step_seconds),
+            rate_text(prediction.tokens_per_second),
+            "no change" if abs(gain) < _SAME else percent_text(gain, signed=True),
+            bytes_text(max(prediction.peak_bytes)),
+            kept,
+        )
+    return table
