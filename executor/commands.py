@@ -15,6 +15,8 @@ import msgspec
 from executor.check import DType, check, with_dtype
 from executor.comm import Communicator
 from executor.comm.mpi import mpi_communicator
+from executor.environment import slow_blas
+from executor.kernels import FUSED
 from executor.session import Progress, RunOptions, require_device, require_runnable, require_writable, run, set_threads
 from planner.machine import dump_machine, user_profile_path
 from planner.plan import load_plan
@@ -61,6 +63,7 @@ def run_plan(job: JobOptions, options: RunOptions, output: Path) -> None:
     if measured is None:
         return
     dump_record(measured, output)
+    warn_of_slow_kernels()
     from executor.report import show_measurement  # noqa: PLC0415 - rich is for rank 0 only
 
     show_measurement(measured, str(output))
@@ -69,6 +72,16 @@ def run_plan(job: JobOptions, options: RunOptions, output: Path) -> None:
         for bulky in ("plan", "trace"):
             del figures[bulky]
         print(json.dumps(figures | {"output": str(output)}))
+
+
+def warn_of_slow_kernels() -> None:
+    """Say on stderr what makes this process slower than the machine: BLAS kernels below the processor's, no Numba."""
+    if complaint := slow_blas():
+        print(f"warning: {complaint}", file=sys.stderr)
+    if not FUSED:
+        print(
+            "warning: the plain NumPy kernels ran, which are slower; install numba for the fused ones", file=sys.stderr
+        )
 
 
 def check_plan(job: JobOptions, dtype: DType | None) -> int:

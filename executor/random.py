@@ -147,36 +147,6 @@ def normal(
     return part
 
 
-def keep_mask(
-    key: int,
-    shape: Sequence[int],
-    indices: Sequence[Indices] | None = None,
-    *,
-    keep_probability: float,
-    out: npt.NDArray[np.bool_] | None = None,
-) -> npt.NDArray[np.bool_]:
-    """Draw part of a dropout mask: True with probability `keep_probability`, to a resolution of 2^-53.
-
-    Args:
-        key: the stream, from `derive_key`.
-        shape: shape of the whole tensor.
-        indices: for each dimension the global indices wanted; None means the whole tensor.
-        keep_probability: in [0, 1].
-        out: C-contiguous bool array of the part's shape to write into.
-
-    Returns:
-        The mask, equal to the same part cut out of the whole mask.
-    """
-    part, chunks = _open_part(key, shape, indices, np.bool_, out)
-    threshold = int(keep_probability * 2.0**53) << 11
-    for block, words in chunks:
-        if threshold >= _WORD:
-            block[...] = True
-        else:
-            np.less(words, np.uint64(threshold), out=block)
-    return part
-
-
 def _open_part(
     key: int, shape: Sequence[int], indices: Sequence[Indices] | None, dtype: npt.DTypeLike, out: Array | None
 ) -> tuple[Array, Iterator[tuple[Array, Words]]]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from executor.random import bits_at, derive_key, keep_mask, normal, stream_constants, uniform
+from executor.random import bits_at, derive_key, normal, stream_constants, uniform
 
 KEY = derive_key(7, "stage0.qkv.weight")
 
@@ -37,7 +37,6 @@ DRAWS = [
     lambda *a: uniform(*a, dtype=np.float64),
     lambda *a: normal(*a, std=0.02),
     lambda *a: normal(*a, truncation=2.0, dtype=np.float64),
-    lambda *a: keep_mask(*a, keep_probability=0.7),
 ]
 
 
@@ -114,13 +113,6 @@ def test_uniform_is_open_interval_even_in_float32(monkeypatch):
     monkeypatch.setattr(random, "_mix", lambda words, scratch: words.fill(0))
     assert uniform(KEY, (4,)).min() > 0
     assert np.isfinite(normal(KEY, (4,))).all()
-
-
-@pytest.mark.parametrize("probability", [0.0, 0.9, 1.0])
-def test_keep_mask_rate(probability):
-    mask = keep_mask(KEY, (300, 1000), keep_probability=probability)
-    assert mask.dtype == np.bool_
-    assert mask.mean() == pytest.approx(probability, abs=5 * math.sqrt(0.25 / mask.size))
 
 
 def test_out_is_used_and_checked():
