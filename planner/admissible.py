@@ -35,6 +35,10 @@ NEVER_ON_TP = {
 }  # fmt: skip
 
 
+IN_PLACE_BACKWARD = ("positions", "activation", "residual", "split_heads")
+"""Kinds whose backward pass writes the input's gradient into the buffer of the output's."""
+
+
 @lru_cache(maxsize=16)
 def distinct_operators(model: ModelSpec) -> tuple[Operator, ...]:
     """One operator of each role; two layers show all of them (the first may lack a norm)."""
@@ -55,20 +59,29 @@ class _Edge(NamedTuple):
     consumer: str
     input: int
     dims: tuple[str, ...]
+    in_place: tuple[bool, bool]
 
 
 @lru_cache(maxsize=16)
 def _edges(model: ModelSpec) -> tuple[_Edge, ...]:
-    made: dict[str, tuple[str, int, tuple[str, ...]]] = {}
+    made: dict[str, tuple[Operator, int, tuple[str, ...]]] = {}
     found: dict[_Edge, None] = {}
     for operator in operators(_short_graph(model)):
         for i, name in enumerate(operator.inputs):
             if name in made:
                 producer, output, dims = made[name]
-                found[_Edge(producer, output, operator.role, i, dims)] = None
+                found[_Edge(producer.role, output, operator.role, i, dims, written_in_place(producer, operator, i))] = (
+                    None
+                )
         for k, tensor in enumerate(operator.outputs):
-            made[tensor.name] = (operator.role, k, tensor.dims)
+            made[tensor.name] = (operator, k, tensor.dims)
     return tuple(found)
+
+
+def written_in_place(producer: Operator, consumer: Operator, i: int) -> tuple[bool, bool]:
+    """Whether a tensor's buffer is written by its consumer, and its gradient's by its producer's backward pass."""
+    written = any(t.alias_of == consumer.inputs[i] for t in (*consumer.outputs, *consumer.saved))
+    return written, producer.kind in IN_PLACE_BACKWARD
 
 
 @lru_cache(maxsize=512)
@@ -102,9 +115,11 @@ def allowed(operator: Operator, axis: str, cp_kind: ContextKind) -> tuple[str, .
 
 
 def transition(
-    model: ModelSpec, dims: tuple[str, ...], source: Layout, target: Layout, axis: str = "tp"
+    model: ModelSpec, dims: tuple[str, ...], source: Layout, target: Layout, axis: str = "tp", *, in_place: bool = False
 ) -> Collective | None:
     """The collective that redistributes a tensor of these dimensions; None where nothing moves.
+
+    `in_place` says that the result's buffer is written by what reads it.
 
     Raises:
         PlanError: no collective does it, or none that can work on such a tensor.
@@ -124,6 +139,8 @@ def transition(
             raise PlanError(f"a slice along {held}, which is not the outermost dimension, is no view")
         if held == "kv_heads" and axis == "tp" and model.kv_heads != model.heads:
             raise PlanError("key-value heads may be shared by ranks of tp, so that their parts do not add up")
+    if collective == "slice" and in_place:
+        raise PlanError("a slice is a view of the whole, and what reads it writes it in place")
     return collective
 
 
@@ -170,9 +187,9 @@ def _check_edges(model: ModelSpec, axis: str, chosen: Mapping[str, Signature]) -
             (source.outputs[edge.output], sink.inputs[edge.input]),
             (sink.grad_inputs[edge.input], source.grad_outputs[edge.output]),
         )
-        for have, want in pairs:
+        for (have, want), in_place in zip(pairs, edge.in_place, strict=True):
             try:
-                transition(model, edge.dims, have, want, axis)
+                transition(model, edge.dims, have, want, axis, in_place=in_place)
             except PlanError as error:
                 raise PlanError(
                     f"layouts {edge.producer}.{axis}={source.name!r} and {edge.consumer}.{axis}={sink.name!r} do not "

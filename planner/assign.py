@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from planner.admissible import admissible, transition, weight_layouts
+from planner.admissible import admissible, transition, weight_layouts, written_in_place
 from planner.cost import oversubscription_factor
 from planner.errors import PlanError
 from planner.estimate import ArraySizes, Structure
@@ -218,10 +218,12 @@ class _Problem:
             total += self._seconds(tasks)
         return total / max(1, len(self.plan.micro_batches(0)))
 
-    def transition(self, dims: tuple[str, ...], source: Layout, target: Layout) -> float | None:
+    def transition(
+        self, dims: tuple[str, ...], source: Layout, target: Layout, *, in_place: bool = False
+    ) -> float | None:
         """Seconds of a redistribution of a tensor; None where the executor has none."""
         try:
-            collective = transition(self.model, dims, source, target)
+            collective = transition(self.model, dims, source, target, in_place=in_place)
         except PlanError:
             return None
         if collective is None:
@@ -231,6 +233,16 @@ class _Problem:
         tasks: list[Task] = []
         forward.redistribute("t", "t", "tp", target, tasks, "forward")
         return self._seconds(tasks)
+
+    def pairs(
+        self, tensor: _Tensor, consumer: int, k: int, source: Signature, sink: Signature
+    ) -> tuple[tuple[Layout, Layout, bool, bool], ...]:
+        """What a tensor has and needs, whether that is of its gradient, and whether the result is written in place."""
+        written = written_in_place(self.nodes[tensor.producer].operator, self.nodes[consumer].operator, k)
+        return (
+            (source.outputs[tensor.output], sink.inputs[k], False, written[0]),
+            (sink.grad_inputs[k], source.grad_outputs[tensor.output], True, written[1]),
+        )
 
     # ---- the programme -----------------------------------------------------------------------------------------------
 
@@ -278,13 +290,9 @@ class _Problem:
         for i, source in enumerate(self.nodes[tensor.producer].choices):
             for consumer, k in tensor.consumers:
                 for j, sink in enumerate(self.nodes[consumer].choices):
-                    pairs = (
-                        (source.outputs[tensor.output], sink.inputs[k], False),
-                        (sink.grad_inputs[k], source.grad_outputs[tensor.output], True),
-                    )
                     both = [int(first[tensor.producer]) + i, int(first[consumer]) + j]
-                    for have, want, backward in pairs:
-                        seconds = self.transition(tensor.dims, have, want)
+                    for have, want, backward, in_place in self.pairs(tensor, consumer, k, source, sink):
+                        seconds = self.transition(tensor.dims, have, want, in_place=in_place)
                         if seconds is None:
                             rows.append((both, [1.0, 1.0], -np.inf, 1.0))
                             break
@@ -305,10 +313,7 @@ class _Problem:
             seen: set[tuple[Layout, bool]] = set()
             for consumer, k in tensor.consumers:
                 sink = self.nodes[consumer].choices[pick[consumer]]
-                for have, want, backward in (
-                    (source.outputs[tensor.output], sink.inputs[k], False),
-                    (sink.grad_inputs[k], source.grad_outputs[tensor.output], True),
-                ):
+                for have, want, backward, _ in self.pairs(tensor, consumer, k, source, sink):
                     target = (have if backward else want, backward)
                     if target not in seen:
                         seen.add(target)

@@ -218,11 +218,17 @@ def _memory(question: Question, at: Candidates, costs: dict[str, BlockCost], per
     )  # fmt: skip
     first = flight * (per_first * layer.saved_bytes) + np.minimum(flight, at.pp) * embedding.saved_bytes
     last = per_last * layer.saved_bytes * np.maximum(1, flight - at.pp + 1)
+    if question.schedule in HIDDEN_WEIGHTS:  # what a rank near the loss has in hand waits for its W
+        last = per_last * (layer.saved_bytes + np.maximum(0, flight - 1) * layer.weight_bytes)
     head_held = np.maximum(head.saved_bytes + head.scratch_bytes, layer.scratch_bytes)
     alone = at.pp == 1
-    held = (np.where(alone, first + head_held, first + layer.scratch_bytes), last + head_held)
+    # The second rank has one micro-batch less in flight than the first, but often a layer more.
+    per_inner = np.where(at.chunks > 1, structure.model.layers / (at.pp * at.chunks), per_stage)
+    inner = np.where(at.pp > 2, np.maximum(1, flight - 1) * per_inner * layer.saved_bytes + layer.scratch_bytes, 0.0)
+    held = (np.where(alone, first + head_held, first + layer.scratch_bytes), inner, last + head_held)
     owned = (
         per_first * at.chunks * layer.parameters + embedding.parameters,
+        np.where(at.pp > 2, per_inner * at.chunks * layer.parameters, 0.0),
         per_last * at.chunks * layer.parameters + head.parameters,
     )
     groups = sum((size > 1).astype(np.int64) for size in (at.pp, at.dp, at.cp, at.tp))
@@ -235,7 +241,7 @@ def _memory(question: Question, at: Candidates, costs: dict[str, BlockCost], per
                 ends.append(footprint_bytes(machine, parameters * each, activations, groups, "nvidia-smi"))
             else:
                 ends.append(parameters * each + activations)
-        columns.append(np.maximum(np.asarray(ends[0]), np.asarray(ends[1])))
+        columns.append(np.maximum.reduce([np.asarray(end) for end in ends]))
     return np.stack(columns, axis=1)
 
 
@@ -248,7 +254,7 @@ def _layers_beside(layers: int, at: Candidates, layer: Floats, extra: Floats) ->
     even = layers / stages
     room = np.maximum(1, np.floor(np.floor(even) + 1 - extra / layer + 1e-9))
     least = np.minimum(np.floor(even), room)
-    return np.asarray((np.floor(even) * (at.chunks - 1) + least) / at.chunks)
+    return np.asarray((even * (at.chunks - 1) + least) / at.chunks)
 
 
 def _state_bytes(question: Question, zero: int, group: Ints) -> Floats:

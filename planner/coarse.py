@@ -2,13 +2,14 @@
 
 `PeriodicReplay` goes further where a step has many equal micro-batches: past the warm-up a schedule repeats itself, so
 that every total is linear in the number of micro-batches, and two short replays give the line. The trace is then that
-of the longer one: warm-up, some periods, cool-down.
+of the longer one, with all further periods as one span per key in its middle.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -111,6 +112,8 @@ class CoarseReplay:
         return [by_rank[self.plan.mesh.coordinate(members[0]).pp] for members in classes]
 
 
+Kind = Literal["work", "wait"]
+
 PERIODIC_INSTRUCTIONS = 20_000
 """Plans with more instructions than this are replayed by period where they can be."""
 
@@ -162,20 +165,37 @@ class PeriodicReplay:
         return self._line(self.first.makespan_seconds, self.second.makespan_seconds)
 
     def spans(self) -> list[Span]:
-        """The spans of the second replay: warm-up, steady state and cool-down, with fewer repetitions."""
-        return self.second.spans()
+        """The spans of the second replay, and in the middle of each rank's one span per key for all further periods."""
+        shorter, longer = self.first.spans(), self.second.spans()
+        gap = (self.second.makespan_seconds - self.first.makespan_seconds) * self.times
+        found: list[Span] = []
+        for rank in self.ranks:
+            own = [span for span in longer if span.rank == rank]
+            compute = [span for span in own if span.stream == "compute"]
+            middle = self.second.makespan_seconds / 2
+            cut = next((span.start for span in compute if span.start >= middle), middle)
+            found += [span for span in own if span.start < cut]
+            at = cut
+            for (key, kind), seconds in self._repeated(shorter, compute, rank).items():
+                found.append(Span(rank, "compute", key, at, at + seconds, kind))
+                at += seconds
+            later = (span for span in own if span.start >= cut)
+            found += [span._replace(start=span.start + gap, end=span.end + gap) for span in later]
+        return found
+
+    def _repeated(self, shorter: list[Span], compute: list[Span], rank: int) -> dict[tuple[str, Kind], float]:
+        """Seconds by key and kind that a rank's compute stream spends in all further periods together."""
+        totals: dict[tuple[str, Kind], float] = defaultdict(float)
+        for span in compute:
+            totals[span.key, span.kind] += span.seconds
+        for span in shorter:
+            if span.rank == rank and span.stream == "compute":
+                totals[span.key, span.kind] -= span.seconds
+        return {what: seconds * self.times for what, seconds in totals.items() if seconds > 1e-12}
 
     def figures(self, spans: list[Span], step_seconds: float) -> Figures:
         """The figures of the whole step."""
-        ones = figures(self.first.spans(), self.ranks, 1.0)
-        twos = figures(spans, self.ranks, 1.0)
-        return Figures(
-            self._line(ones.bubble_fraction, twos.bubble_fraction) / step_seconds,
-            self._line(ones.exposed_mean_seconds, twos.exposed_mean_seconds),
-            self._line(ones.exposed_max_seconds, twos.exposed_max_seconds),
-            self._line(ones.wait_seconds, twos.wait_seconds),
-            [self._line(a, b) for a, b in zip(ones.rank_seconds, twos.rank_seconds, strict=True)],
-        )
+        return figures(spans, self.ranks, step_seconds)
 
     def operators(self, spans: list[Span], kept: list[list[int]]) -> dict[str, OperatorTime]:
         """Work of the whole step by key, per rank class."""

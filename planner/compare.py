@@ -163,7 +163,7 @@ def decompose(record: Record) -> dict[Term, float]:
 
     A rank class whose trace holds only some of its ranks is represented by them.
     """
-    weight = _weights(record)
+    weight = rank_weights(record)
     terms: dict[Term, float] = defaultdict(float)
     for span in record.spans():
         if span.stream == "compute":
@@ -199,7 +199,7 @@ def breakdown(record: Record) -> dict[str, float]:
     return places
 
 
-def _weights(record: Record) -> dict[int, float]:
+def rank_weights(record: Record) -> dict[int, float]:
     """The share of all ranks that each rank of the trace stands for; they add up to 1.
 
     Ranks of a class are represented by those of it that are in the trace, a class of which none is by the traced ranks
@@ -295,7 +295,7 @@ def _operators(predicted: Record, measured: Record) -> tuple[OperatorError, ...]
 
 def key_seconds(record: Record) -> dict[str, float]:
     """Return the seconds of work of every key, mean over all ranks, each class represented as in `decompose`."""
-    weights = _weights(record)
+    weights = rank_weights(record)
     shares = [sum(weights.get(rank, 0.0) for rank in ranks) for ranks in record.rank_classes]
     return {
         key: sum(seconds * share for seconds, share in zip(time.seconds, shares, strict=True))

@@ -117,6 +117,7 @@ class BlockCost:
     input_seconds: Floats
     weight_seconds: Floats
     saved_bytes: Floats
+    weight_bytes: Floats  # of what a split backward pass holds from I until W
     scratch_bytes: Floats
     parameters: Floats
 
@@ -201,6 +202,7 @@ class StructureCosts:
             input_seconds=zero + self._stretch([task for task in back if task.phase != "W"], "I"),
             weight_seconds=zero + self._stretch([task for task in back if task.phase == "W"], "W"),
             saved_bytes=zero + saved,
+            weight_bytes=zero + self._read_by_weights(forward, back),
             scratch_bytes=self._scratch(forward, back),
             parameters=zero + self._parameters(forward, members),
         )
@@ -221,6 +223,11 @@ class StructureCosts:
         if task.kind == "ring_shift" and task.attributes.get("step") != RING_LAID_OUT:
             return np.subtract(ring, 1)
         return 1
+
+    def _read_by_weights(self, forward: StageForward, back: list[Task]) -> Any:
+        """Bytes of the inputs and output gradients that weight gradients read."""
+        names = {n for task in back if task.phase == "W" for n in task.reads if n in forward.dims}
+        return sum((forward.bytes_of(name) for name in names), np.zeros(np.shape(self.sizes.batch)))
 
     def _scratch(self, forward: StageForward, back: list[Task]) -> Any:
         """Most bytes that a backward pass makes itself and holds at once: gradients, and what it computes again."""

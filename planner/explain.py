@@ -129,7 +129,6 @@ def faster_link(machine: Machine, name: str, factor: float) -> Machine:
 def cheapest_signatures(found: Suggestion, machine: Machine) -> Assignment | None:
     """Return the optimal signatures of the best plan's operators on the tensor axis; None without such an axis."""
     plan = found.plans[0].plan
-    known = getattr(found, "assignment", None)
-    if isinstance(known, Assignment):
-        return known
+    if found.assignment is not None:
+        return found.assignment
     return best_signatures(plan, machine) if plan.mesh.tp > 1 else None

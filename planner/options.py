@@ -123,8 +123,8 @@ class HostOptions:
     """Where ranks are started."""
 
     hosts: str | None = option(
-        "Hosts that take equal blocks of ranks, such as node1,node2, or a file with one a line; they must be reached by "
-        "ssh and share this folder. When left out, this machine."
+        "Hosts that take equal blocks of ranks, such as node1,node2, or a file with one a line, reached by ssh and "
+        "sharing this folder; when left out, this machine."
     )
 
 

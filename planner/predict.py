@@ -85,7 +85,9 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
         exposed_communication_seconds=figure.exposed_mean_seconds,
         exposed_communication_seconds_max=figure.exposed_max_seconds,
         wait_seconds=figure.wait_seconds,
-        rank_seconds=_expand(by_class, classes, plan.mesh.world_size),
+        rank_seconds=[
+            busy.get(rank, seconds) for rank, seconds in enumerate(_expand(by_class, classes, plan.mesh.world_size))
+        ],  # ranks of a class do equal work, and may still differ in speed
         peak_bytes=_expand([peak.total_bytes for peak in peaks], classes, plan.mesh.world_size),
         peak_parts={
             part: _expand([peak.parts[part] for peak in peaks], classes, plan.mesh.world_size) for part in PARTS
@@ -278,6 +280,7 @@ class _Emitter:
     previous: int | None = None
     counts: dict[tuple[int, ...], int] = field(default_factory=lambda: defaultdict(int))
     started: dict[str, int] = field(default_factory=dict)
+    exposed: dict[str, float] = field(default_factory=dict)  # what is left of a reduction when it is waited for
     handed: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     priced: dict[int, tuple[list[float], float]] = field(default_factory=dict)
 
@@ -311,7 +314,7 @@ class _Emitter:
         elif task.kind == "gradient_start":
             self._start(task, seconds)
         elif task.kind == "gradient_wait":
-            self._append(task.key, 0.0, [(self.started[task.name], 0.0)], -1, task.kind)
+            self._append(task.key, self.exposed.get(task.name, 0.0), [(self.started[task.name], 0.0)], -1, task.kind)
         elif seconds or task.axis:
             group = self._group(task)
             self._append(task.key, seconds, [], self.replayed.join(group) if group else -1, task.kind)
@@ -379,4 +382,10 @@ class _Emitter:
         group = self._group(task)
         before = [] if self.previous is None else [(self.previous, 0.0)]
         join = self.replayed.join(group) if group else -1
+        machine = self.replayed.machine
+        if machine.device.kind == "cpu":
+            # The core that computes also moves the bytes: what does not progress meanwhile takes time in the wait.
+            left = seconds * (1 - machine.overheads.overlap_fraction)
+            self.exposed[task.name] = left * machine.overheads.overlap_slowdown
+            seconds -= left
         self.started[task.name] = self._append(task.key, seconds, before, join, task.kind, "data")

@@ -213,7 +213,7 @@ class Pricer:
 
     plan: Plan
     machine: Machine
-    _seconds: dict[tuple[str, str | None, Work, int, bool], float] = field(default_factory=dict)
+    _seconds: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Ranks fill hosts in order."""
@@ -229,7 +229,8 @@ class Pricer:
         if task.kind in FREE:
             return 0.0
         place = 0 if self.one_host and not self.machine.relative_speeds else self.plan.mesh.rank(at)
-        key = (task.kind, task.axis, task.work, place, ".head." in task.key)
+        # A rank with several model chunks may send to two neighbours, of which one sits on its own host.
+        key = (task.kind, task.axis, task.work, place, ".head." in task.key, task.attributes.get("peer"))
         known = self._seconds.get(key)
         if known is None:
             known = self._seconds[key] = self._price(task, at)

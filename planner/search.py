@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.admissible import ContextKind
+from planner.balance import balance, replica_speeds, split_batch, stage_speeds
 from planner.candidates import UPDATES, Candidates, Question, Update, estimate
 from planner.errors import MeshwrightError, PlanError
 from planner.estimate import ArraySizes, BlockCost, Structure, StructureCosts
@@ -31,6 +33,9 @@ from planner.schedule import model_chunks
 from planner.ties import by_preference
 from planner.trace import Prediction
 
+if TYPE_CHECKING:
+    from planner.assign import Assignment
+
 REPLAY_SECONDS = 0.8
 """Time for replaying the best candidates; the first that fits is replayed in any case."""
 
@@ -39,7 +44,7 @@ SPARE_REPLAYS = 6  # beyond the plans asked for: an estimate may put the best a 
 BEST_KEPT = 256
 """Estimates that are put in order; so many candidates at most can be replayed."""
 
-SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v")
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2")
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 CONTEXT_KINDS: tuple[ContextKind, ...] = ("allgather", "ring", "ulysses")
 
@@ -71,6 +76,7 @@ class Suggestion:
     plans: list[Ranked]
     rejected: list[Rejection]
     notes: list[str]
+    assignment: Assignment | None = None  # the optimal signatures of the fastest plan's operators on the tensor axis
 
 
 @dataclass
@@ -121,6 +127,9 @@ class _Search:
                 self._estimate(structure, tables)
 
     def _possible(self, mesh: Mesh) -> bool:
+        """Whether a mesh has the fixed axes and the model can be laid out on it; counts the reasons if not."""
+        if any(self.fixed.get(axis, getattr(mesh, axis)) != getattr(mesh, axis) for axis in ("dp", "tp", "pp", "cp")):
+            return False
         model = self.model
         limits = (
             (mesh.tp > model.heads, f"tp above the {model.heads} attention heads"),
@@ -132,9 +141,7 @@ class _Search:
             if bad:
                 self.rejected[reason] += 1
                 return False
-        return all(
-            self.fixed.get(axis, getattr(mesh, axis)) == getattr(mesh, axis) for axis in ("dp", "tp", "pp", "cp")
-        )
+        return True
 
     def _structures(self, *, tp: bool, cp: bool) -> Iterator[Structure]:
         fixed = self.fixed
@@ -236,7 +243,7 @@ class _Search:
 
     def best(self) -> Iterator[tuple[_Group, int, Update]]:
         """Candidates that are estimated to fit, fastest first; among equals the one that needs less memory."""
-        margin = 1.02  # estimates lie at or below what the replay finds, which decides
+        margin = 1.0  # estimates lie within a few percent of what the replay finds, which decides
         short: list[tuple[float, float, int, int]] = []
         for number, group in enumerate(self.groups):
             seconds, peak = group.seconds.ravel(), group.peak_bytes.ravel()
@@ -265,7 +272,8 @@ class _Search:
             global_batch_size=self.global_batch_size,
             micro_batch_size=micro,
             schedule=ScheduleRecipe(name=group.schedule, num_model_chunks=chunks),
-            stage_layers=self._stage_layers(structure, mesh, micro, chunks),
+            stage_layers=self._stage_layers(structure, mesh, micro, group.schedule, chunks),
+            parts=self._parts(mesh),
             sequence_parallel=structure.sequence_parallel,
             cp_kind=structure.cp_kind,
             recompute=structure.recompute,
@@ -276,35 +284,27 @@ class _Search:
             forward_only=self.forward_only,
         )  # fmt: skip
 
-    def _stage_layers(self, structure: Structure, mesh: Mesh, micro: int, chunks: int) -> tuple[int, ...]:
+    def _parts(self, mesh: Mesh) -> dict[str, tuple[int, ...]]:
+        """Part sizes that are not even: the batch over replicas of different speeds."""
+        if not self.machine.relative_speeds or mesh.dp == 1:
+            return {}
+        return {"batch": split_batch(self.global_batch_size, replica_speeds(self.machine, mesh))}
+
+    def _stage_layers(
+        self, structure: Structure, mesh: Mesh, micro: int, schedule: str, chunks: int
+    ) -> tuple[int, ...]:
         stages = mesh.pp * chunks
         if stages == 1:
             return (self.model.layers,)
         costs, _ = self._costs(structure, np.array([[mesh.tp, mesh.cp, micro]]))
         whole = {name: float((c.forward_seconds + c.backward_seconds)[0]) for name, c in costs.items()}
-        return balance(self.model.layers, stages, whole["layer"], whole["embedding"], whole["head"])
+        speeds = stage_speeds(self.machine, mesh, schedule, chunks) if self.machine.relative_speeds else None
+        return balance(self.model.layers, stages, whole["layer"], whole["embedding"], whole["head"], speeds)
 
 
 def default_attention(model: ModelSpec) -> str:
     """Blocked attention where keeping all probabilities would dominate memory."""
     return "blocked" if model.seq_len > 1024 else "plain"
-
-
-def balance(
-    layers: int, stages: int, layer_seconds: float, first_seconds: float, last_seconds: float
-) -> tuple[int, ...]:
-    """Layers per stage that minimise the slowest stage, the embedding on the first and the head on the last.
-
-    Greedy and exact: each layer goes to the stage that finishes earliest with it; ties to the middle stages.
-    """
-    extra = [0.0] * stages
-    extra[0] += first_seconds
-    extra[-1] += last_seconds
-    counts = [1] * stages
-    for _ in range(layers - stages):
-        ends = [(counts[i] + 1) * layer_seconds + extra[i] for i in range(stages)]
-        counts[min(range(stages), key=lambda i: (ends[i], i in (0, stages - 1)))] += 1
-    return tuple(counts)
 
 
 def default_memory_limit(machine: Machine, workers: int) -> float:
@@ -377,7 +377,12 @@ def suggest(
             too_large[family] = min(needed, too_large.get(family, np.inf))
             continue
         ranked.append(Ranked(plan, prediction))
-    ranked = [ranked[place] for place in by_preference([each.prediction for each in ranked], machine.residuals)]
+    ranked = _preferred(ranked, machine)
+    assignment = None
+    if ranked and ranked[0].plan.mesh.tp > 1:
+        assignment, other = _assigned(ranked[0], machine)
+        if other is not None and _needed_bytes(machine, other.plan, other.prediction) <= limit:
+            ranked = _preferred([*ranked, other], machine)
     rejected = [Rejection(reason, count) for reason, count in search.rejected.most_common() if count]
     if not ranked:
         raise PlanError(_nothing_fits(search, workers))
@@ -389,7 +394,29 @@ def suggest(
         plans=ranked[:top],
         rejected=rejected,
         notes=_notes(model, workers, machine),
+        assignment=assignment,
     )
+
+
+def _preferred(ranked: list[Ranked], machine: Machine) -> list[Ranked]:
+    """Plans from best to worst."""
+    return [ranked[place] for place in by_preference([each.prediction for each in ranked], machine.residuals)]
+
+
+def _assigned(best: Ranked, machine: Machine) -> tuple[Assignment, Ranked | None]:
+    """The optimal signatures for a plan's sizes, and the plan with them where that is predicted to be faster."""
+    from planner.assign import best_signatures  # noqa: PLC0415 - scipy takes a third of a second to load
+
+    assignment = best_signatures(best.plan, machine)
+    if assignment.is_usual:
+        return assignment, None
+    layouts = {role: names | {"tp": assignment.signatures[role]} for role, names in best.plan.layouts.items()}
+    try:
+        plan = msgspec.structs.replace(best.plan, layouts=layouts)
+        prediction = predict(plan, machine)
+    except MeshwrightError:
+        return assignment, None  # too few positions for a sequence split, say
+    return assignment, Ranked(plan, prediction) if prediction.step_seconds < best.prediction.step_seconds else None
 
 
 def _needed_bytes(machine: Machine, plan: Plan, prediction: Prediction) -> float:

@@ -9,9 +9,9 @@ are independent of each other, and two runs of even the same plan lie `RUN_LOG_S
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from planner.compare import decompose
+from planner.compare import Term, decompose
 from planner.machine import Residuals
 from planner.predict import NORMAL_80
 from planner.trace import Prediction
@@ -20,10 +20,19 @@ RUN_LOG_SIGMA = 0.003
 """Spread of log step time between two runs of one plan on a quiet machine."""
 
 
+FAR = 0.1
+"""Plans whose steps lie further apart than this share are no ties, whatever terms cancel in them."""
+
+Terms = Mapping[Term, float]
+
+
 def gap_sigma_seconds(first: Prediction, second: Prediction, residuals: Residuals) -> float:
     """Return the standard deviation of the error in the difference of two plans' step times."""
-    ours, theirs = decompose(first), decompose(second)
-    square = 2 * (RUN_LOG_SIGMA * first.step_seconds) ** 2
+    return _sigma(decompose(first), decompose(second), first.step_seconds, residuals)
+
+
+def _sigma(ours: Terms, theirs: Terms, step_seconds: float, residuals: Residuals) -> float:
+    square = 2 * (RUN_LOG_SIGMA * step_seconds) ** 2
     for term in dict.fromkeys((*ours, *theirs)):
         moves = term.cause in ("collective", "transfer", "waiting")
         sigma = residuals.collective_log_sigma if moves else residuals.kernel_log_sigma
@@ -31,21 +40,27 @@ def gap_sigma_seconds(first: Prediction, second: Prediction, residuals: Residual
     return math.sqrt(square)
 
 
-def tied(best: Prediction, other: Prediction, residuals: Residuals) -> bool:
-    """Whether zero lies in the 80% interval of the difference of two plans' step times."""
-    gap = abs(other.step_seconds - best.step_seconds)
-    return gap <= NORMAL_80 * gap_sigma_seconds(best, other, residuals)
+def ties(best: Prediction, others: Sequence[Prediction], residuals: Residuals) -> list[bool]:
+    """Return for each plan whether zero lies in the 80% interval of the difference of its step time and the best's."""
+    near = [other is not best and abs(other.step_seconds / best.step_seconds - 1) <= FAR for other in others]
+    ours = decompose(best) if any(near) else {}  # long traces take a while
+    return [
+        other is best
+        or (
+            close
+            and abs(other.step_seconds - best.step_seconds)
+            <= NORMAL_80 * _sigma(ours, decompose(other), best.step_seconds, residuals)
+        )
+        for close, other in zip(near, others, strict=True)
+    ]
 
 
 def count_ties(predictions: Sequence[Prediction], residuals: Residuals) -> int:
     """Return how many of the first predictions tie with the fastest of them; at least 1 of any."""
     if not predictions:
         return 0
-    fastest = min(predictions, key=lambda each: each.step_seconds)
-    count = 0
-    while count < len(predictions) and tied(fastest, predictions[count], residuals):
-        count += 1
-    return count
+    found = ties(min(predictions, key=lambda each: each.step_seconds), predictions, residuals)
+    return next((place for place, tied in enumerate(found) if not tied), len(found))
 
 
 def by_preference(predictions: Sequence[Prediction], residuals: Residuals) -> list[int]:
@@ -56,10 +71,10 @@ def by_preference(predictions: Sequence[Prediction], residuals: Residuals) -> li
     if not predictions:
         return []
     fastest = min(predictions, key=lambda each: (each.step_seconds, max(each.peak_bytes)))
+    tied = ties(fastest, predictions, residuals)
 
     def preference(place: int) -> tuple[bool, float, float]:
-        each = predictions[place]
-        peak, seconds = max(each.peak_bytes), each.step_seconds
-        return (False, peak, seconds) if tied(fastest, each, residuals) else (True, seconds, peak)
+        peak, seconds = max(predictions[place].peak_bytes), predictions[place].step_seconds
+        return (False, peak, seconds) if tied[place] else (True, seconds, peak)
 
     return sorted(range(len(predictions)), key=preference)

@@ -91,7 +91,7 @@ class Predictor:
     """Predicts published rows; a plan that many rows ran is predicted once."""
 
     machines: dict[tuple[str, int | None], Machine] = field(default_factory=dict)
-    _steps: dict[tuple[str, str, int | None], tuple[float, list[tuple[int, int]]]] = field(default_factory=dict)
+    _steps: dict[tuple[str, str, int | None, bool], tuple[float, list[tuple[int, int]]]] = field(default_factory=dict)
 
     def machine(self, row: PublishedRow) -> Machine:
         """The row's machine, with the row's own number of devices per host."""
@@ -104,15 +104,16 @@ class Predictor:
         return self.machines[key]
 
     def step(self, row: PublishedRow) -> tuple[float, list[tuple[int, int]]]:
-        """Seconds of a step, and (state, activation) bytes at the peak of every pipeline rank.
+        """Seconds of a step, and (state, activation) bytes at the peak of every pipeline rank if the row states memory.
 
         The seconds are those of `planner.predict` for the row's plan: one program, one pricing, one replay.
         """
         machine = self.machine(row)
-        key = (row.plan.hash, row.machine, row.devices_per_host)
+        key = (row.plan.hash, row.machine, row.devices_per_host, _states_memory(row))
         if key not in self._steps:
             replay = coarse_replay(row.plan, machine)
-            parts = [split_parts(peak.parts) for peak in replay.peaks([[rank] for rank in replay.ranks])]
+            peaks = replay.peaks([[rank] for rank in replay.ranks]) if _states_memory(row) else []
+            parts = [split_parts(peak.parts) for peak in peaks]
             self._steps[key] = whole_step_seconds(row.plan, machine, replay.makespan_seconds), parts
         return self._steps[key]
 
@@ -128,7 +129,8 @@ class Predictor:
         groups = process_groups(row.plan)
 
         def largest(kind: str) -> float:
-            return max(float(footprint_bytes(machine, state, held, groups, kind)) for state, held in peaks)
+            seen = (float(footprint_bytes(machine, state, held, groups, kind)) for state, held in peaks)
+            return max(seen, default=0.0)
 
         score = RowScore(
             source=row.source,
@@ -138,11 +140,15 @@ class Predictor:
             low_seconds=seconds / width,
             high_seconds=seconds * width,
             measured_gib=row.measured_gib,
-            predicted_gib=largest(row.memory_kind) / GIB,
+            predicted_gib=largest(row.memory_kind) / GIB if peaks else None,
         )
         peak = machine.peak_flops_per_second(row.plan.training.precision)
         fits = largest("nvidia-smi") <= machine.device.memory_bytes
         return _Predicted(row, score, fits, _baseline_shape(row.plan) / (row.plan.mesh.world_size * peak))
+
+
+def _states_memory(row: PublishedRow) -> bool:
+    return row.measured_gib is not None or row.out_of_memory
 
 
 def validate(paths: Sequence[Path], machine: str | None = None) -> Validation:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from planner.options import (
     BatchOptions,
+    HostOptions,
     LayoutOptions,
     MachineOptions,
     ModelOptions,
@@ -128,10 +129,10 @@ class CalibrateOptions(MachineOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
+class ProfileOptions(HostOptions):
     """Options of `planner profile`."""
 
-    workers: int | None = option("Ranks to measure with; the cores of this machine, at least 2, when left out.")
+    workers: int | None = option("Ranks to measure with; one per core of the hosts, at least 2, when left out.")
     quick: bool = option("At most 15 s: fewer sizes and repeats.", default=False)
     out: str | None = option(
         "File to write; the profile of this machine in your cache folder when left out.", "-o", "--out"
@@ -156,7 +157,7 @@ class ScheduleOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(MachineOptions):
+class RunOptions(HostOptions, MachineOptions):
     """Options of `planner run`."""
 
     plan: str = argument("The plan.", "PLAN")

@@ -61,7 +61,7 @@ def suggest_plans(options: SuggestOptions) -> Answer:
         shown = suggestion_view(found, ties=ties)
         if not options.explain:
             return shown
-        return Group(shown, explanation_view(found, changes, signatures), algebra_view())
+        return Group(shown, explanation_view(found, changes, signatures, ties), algebra_view())
 
     return Answer(document, view)
 

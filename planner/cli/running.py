@@ -20,6 +20,7 @@ from planner.launch import (
     launch,
     launch_command,
     launch_environment,
+    parse_hosts,
 )
 from planner.machine import load_machine, user_profile_path
 from planner.plan import Plan, dump_plan, load_plan
@@ -37,7 +38,7 @@ def run_plan(options: RunOptions) -> Answer:
         if value < least:
             raise PlanError(f"--{name} {value} is too few; use at least {least}")
     path, out = Path(options.plan), Path(options.out)
-    plan = load_plan(path)
+    plan, hosts = load_plan(path), parse_hosts(options.hosts)
     if not out.parent.is_dir():
         raise DataError(f"-o {out}: there is no folder {out.parent}; make it first, or name another")
     program = [*find_executor(), "run", str(path), "--steps", str(options.steps), "--warmup", str(options.warmup)]
@@ -50,7 +51,7 @@ def run_plan(options: RunOptions) -> Answer:
         f"{steps} steps on {plan.mesh.world_size} ranks: about {seconds_text(prediction.step_seconds * steps)} and the "
         f"start of the ranks, by the prediction for {prediction.machine.name}"
     )
-    status = _launch(program, plan.mesh.world_size, plan.training.threads_per_rank, out)
+    status = _launch(program, plan.mesh.world_size, plan.training.threads_per_rank, out, hosts)
     if status:
         return Answer(lambda: {"status": status}, str, status)
     comparison = compare(prediction, load_record(out))
@@ -71,11 +72,12 @@ def _prediction(plan: Plan, path: Path, options: RunOptions) -> Prediction:
     return predict(plan, choice.machine)
 
 
-def _launch(program: list[str], ranks: int, threads_per_rank: int, out: Path) -> int:
+def _launch(program: list[str], ranks: int, threads_per_rank: int, out: Path, hosts: tuple[str, ...]) -> int:
     """Start mpirun; return its status as ours: the user's error, our own, or an interruption."""
     command = launch_command(
-        find_launcher(), ranks, program, threads_per_rank=threads_per_rank, cores=usable_cores(), root=is_root()
-    )
+        find_launcher(), ranks, program, threads_per_rank=threads_per_rank, cores=usable_cores(), root=is_root(),
+        hosts=hosts,
+    )  # fmt: skip
     say(" ".join(command))
     status = launch(command, launch_environment(threads_per_rank), stdout=sys.stderr)
     if status:
@@ -133,18 +135,23 @@ class Runner:
 
 def profile_machine(options: ProfileOptions) -> Answer:
     """Measure this machine and write its profile where predictions look for it."""
-    cores = usable_cores()
-    ranks = max(2, cores) if options.workers is None else options.workers
-    if ranks < 1:
-        raise PlanError(f"--workers {ranks} is too few; use at least 1")
+    hosts = parse_hosts(options.hosts)
+    count = max(1, len(hosts))
+    ranks = max(2, usable_cores() * count) if options.workers is None else options.workers
+    if ranks < count or ranks % count:
+        raise PlanError(
+            f"--workers {ranks} is too few; use at least 1" if count == 1 else
+            f"--workers {ranks} does not put as many ranks on each of {count} hosts; use a multiple of {count}"
+        )  # fmt: skip
     out = user_profile_path() if options.out is None else Path(options.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make {out.parent}: {error.strerror}; choose a writable file with -o") from None
     program = [*find_executor(), "profile", "-o", str(out), *(["--quick"] if options.quick else [])]
-    say(f"measuring this machine with {ranks} ranks: {'at most 15 s' if options.quick else 'up to a minute'}")
-    status = _launch(program, ranks, 1, out)
+    what = f"{count} hosts" if hosts else "this machine"
+    say(f"measuring {what} with {ranks} ranks: {'at most 15 s' if options.quick else 'up to a minute'}")
+    status = _launch(program, ranks, 1, out, hosts)
     if status:
         return Answer(lambda: {"status": status}, str, status)
     machine = load_machine(out)

@@ -11,7 +11,7 @@ from rich.console import Group
 from planner.cli.commands import CompareOptions, NoOptions, ScheduleOptions, ShowOptions
 from planner.cli.frame import Answer, say
 from planner.compare import compare
-from planner.documents import Document, load_document, load_record
+from planner.documents import Document, is_prediction, load_document, load_record
 from planner.errors import DataError, ScheduleError
 from planner.machine import user_profile_path
 from planner.plan import Plan, write_whole
@@ -25,6 +25,7 @@ from planner.report.lists import (
     schedule_document,
     schedule_view,
 )
+from planner.report.page import comparison_page
 from planner.report.perfetto import trace_events
 from planner.report.plan import algebra_document, algebra_view, plan_document, plan_view
 from planner.report.record import record_document, record_title, record_view
@@ -78,8 +79,13 @@ def _write(path: str, content: bytes) -> None:
 
 
 def compare_files(options: CompareOptions) -> Answer:
-    """Compare two records."""
-    comparison = compare(load_record(Path(options.predicted)), load_record(Path(options.measured)))
+    """Compare two records, and draw both as a page where asked."""
+    first, second = load_record(Path(options.predicted)), load_record(Path(options.measured))
+    if is_prediction(second) and not is_prediction(first):
+        first, second = second, first  # as `compare` takes them
+    comparison = compare(first, second)
+    if options.html:
+        _write(options.html, comparison_page(comparison, first, second).encode())
     return Answer(lambda: comparison_document(comparison), lambda: comparison_view(comparison))
 
 

@@ -149,7 +149,7 @@ class StageForward:
                 self._produce(operator, i, tensor, per_axis)
             for tensor in operator.saved:
                 first = self.layouts[operator.outputs[0].name]
-                self.declare(tensor.name, tensor.dims, dict(first), root=tensor.alias_of)
+                self.declare(tensor.name, tensor.dims, dict(first), root=self._aliased(operator, tensor))
             self.where[operator.name] = self._where(operator, reads)
             if operator.kind == "attention":
                 self._attention(operator, reads, out)
@@ -169,12 +169,15 @@ class StageForward:
 
     def _produce(self, operator: Operator, i: int, tensor: Tensor, per_axis: dict[str, Signature]) -> None:
         layouts = {axis: signature.outputs[i] for axis, signature in per_axis.items()}
-        alias = tensor.alias_of
         selector = tensor.name.rsplit(".", 1)[-1] if operator.kind == "split_heads" else None
-        if alias is not None:
-            alias = self.edges[operator.name, operator.inputs.index(alias)].buffer
-        self.declare(tensor.name, tensor.dims, layouts, root=alias, selector=selector)
+        self.declare(tensor.name, tensor.dims, layouts, root=self._aliased(operator, tensor), selector=selector)
         self.grad_layouts[tensor.name] = {axis: s.grad_outputs[i] for axis, s in per_axis.items()}
+
+    def _aliased(self, operator: Operator, tensor: Tensor) -> str | None:
+        """The buffer that a tensor is written into: the input's as this operator reads it, redistributed or not."""
+        if tensor.alias_of is None:
+            return None
+        return self.edges[operator.name, operator.inputs.index(tensor.alias_of)].buffer
 
     def fetch(self, operator: Operator, i: int, out: list[Task]) -> str:
         """The buffer from which input `i` is read, after the redistributions that the layouts ask for."""

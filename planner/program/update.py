@@ -63,7 +63,8 @@ def sum_over_tp(plan: Plan, unit: Unit) -> list[Task]:
     if count:
         work = Work(bytes=count * item, full_bytes=count * item, elements=count)
         tasks.append(Task(f"tp.gradient_sum.{block}.update", "gradient_sum", unit.block, "U", axis="tp", work=work))
-    if unit.block.startswith("layers") and plan.mesh.tp > 1 and kv_shared(plan):
+    by_heads = any("tp" in slot.axes for slot in unit.slots if slot.parameter.name.endswith(".qkv.weight"))
+    if by_heads and kv_shared(plan):
         model = plan.model
         columns = 2 * model.kv_heads * model.head_dim
         rows = model.hidden + (1 if model.qkv_bias else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.assign import Assignment
-from planner.compare import decompose
+from planner.compare import key_seconds
 from planner.explain import Variation
-from planner.report.suggestion import bounds, choices_text, mesh_text
+from planner.report.suggestion import bounds, choices_text, gain_sentence, mesh_text
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, percent_text, rate_text, seconds_text
 from planner.search import Ranked, Suggestion
@@ -29,6 +30,7 @@ def explanation_document(
     """Return the explanation as JSON."""
     best = found.plans[0].prediction
     return {
+        "runner_up": gain_sentence(found, 1) if len(found.plans) > 1 else None,
         "bounds": list(_bounds(best)),
         "variations": [_change_document(each, best) for each in changes],
         "signatures": None
@@ -58,10 +60,14 @@ def _change_document(change: Variation, before: Prediction) -> dict[str, Any]:
     }
 
 
-def explanation_view(found: Suggestion, changes: Sequence[Variation], signatures: Assignment | None) -> RenderableType:
+def explanation_view(
+    found: Suggestion, changes: Sequence[Variation], signatures: Assignment | None, ties: int = 1
+) -> RenderableType:
     """Return the explanation for people."""
     best = found.plans[0]
     parts: list[RenderableType] = [Text(sentence) for sentence in _bounds(best.prediction)]
+    if ties > 1:  # else the suggestion has said so
+        parts.append(Text(f"The runner-up, though tied: {gain_sentence(found, 1)}"))
     if signatures is not None:
         parts.append(Text(signature_sentence(signatures, best)))
     return Group(*parts, Text(), _changes(changes, best))
@@ -69,10 +75,13 @@ def explanation_view(found: Suggestion, changes: Sequence[Variation], signatures
 
 def _bounds(best: Prediction) -> Iterator[str]:
     yield from bounds(best)
-    step, terms = best.step_seconds, decompose(best)
-    largest = sorted(((s, term) for term, s in terms.items() if term.cause != "overhead"), key=lambda row: -row[0])
-    told = ", ".join(f"{term.name} {percent_text(s / step)}" for s, term in largest[:LARGEST])
-    yield f"What a step spends most on, over all layers: {told}."
+    totals: dict[str, float] = defaultdict(float)
+    for key, seconds in key_seconds(best).items():
+        stage, _, rest = key.partition(".")
+        totals[rest if stage.isdigit() else key] += seconds
+    largest = sorted(totals, key=lambda key: -totals[key])[:LARGEST]
+    told = ", ".join(f"{key} {percent_text(totals[key] / best.step_seconds)}" for key in largest)
+    yield f"What a rank spends most of the step on, over all its layers: {told}."
 
 
 def signature_sentence(found: Assignment, best: Ranked) -> str:

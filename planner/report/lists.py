@@ -81,6 +81,11 @@ def machine_view(machine: Machine, path: str) -> RenderableType:
     table.add_row("memory bandwidth", f"{bytes_text(device.memory_bandwidth_bytes_per_second)}/s")
     rate = bytes_text(link.bandwidth_bytes_per_second)
     table.add_row("link inside the host", f"{rate}/s, latency {seconds_text(link.latency_seconds)}")
+    if machine.device.kind == "cpu" and machine.hosts > 1:
+        network = machine.link_between_hosts
+        rate = bytes_text(network.shared_bandwidth_bytes_per_second or network.bandwidth_bytes_per_second)
+        table.add_row("hosts", str(machine.hosts))
+        table.add_row("link between hosts", f"{rate}/s a host, latency {seconds_text(network.latency_seconds)}")
     table.add_row("figures from", device.provenance)
     return table
 

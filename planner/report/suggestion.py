@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.admissible import distinct_operators
 from planner.compare import PLACES, breakdown
-from planner.plan import Plan
+from planner.plan import Plan, standard_layouts
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, count_text, percent_text, rate_text, seconds_text
 from planner.search import Ranked, Suggestion
@@ -102,9 +103,17 @@ def choices_text(plan: Plan) -> str:
         words.append(f"recompute={plan.recompute}")
     if plan.attention != "plain":
         words.append(f"{plan.attention} attention")
+    if plan.layouts != _usual_layouts(plan):
+        words.append("assigned signatures")
     if plan.forward_only:
         words.append("forward only")
     return ", ".join(words) or "–"
+
+
+def _usual_layouts(plan: Plan) -> dict[str, dict[str, str]]:
+    return standard_layouts(
+        distinct_operators(plan.model), sequence_parallel=plan.sequence_parallel, cp_kind=plan.cp_kind
+    )
 
 
 def suggestion_view(found: Suggestion, *, ties: int = 1) -> RenderableType:
@@ -165,7 +174,7 @@ def reasons(found: Suggestion, ties: int = 1) -> Iterator[str]:
     if ties > 1:
         yield tie_sentence(found, ties)
     if ties < len(found.plans):
-        yield _gain_sentence(found, ties)
+        yield gain_sentence(found, ties)
     seconds = first.prediction.high_seconds
     within = sum(each.prediction.step_seconds < seconds for each in found.plans)
     low, high = seconds_text(first.prediction.low_seconds), seconds_text(seconds)
@@ -189,19 +198,20 @@ def _peak(ranked: Ranked) -> int:
     return max(ranked.prediction.peak_bytes)
 
 
-def _gain_sentence(found: Suggestion, ties: int) -> str:
-    """Return what the best plan gains over the best that does not tie with it."""
-    first, second = found.plans[0], found.plans[ties]
+def gain_sentence(found: Suggestion, place: int) -> str:
+    """Return what the best plan gains over another one, counted from 0, and where."""
+    first, second = found.plans[0], found.plans[place]
     step, other = first.prediction.step_seconds, second.prediction.step_seconds
-    names = f"#1 ({mesh_text(first.plan)}) over #{ties + 1} ({mesh_text(second.plan)})"
+    names = f"#1 ({mesh_text(first.plan)}) over #{place + 1} ({mesh_text(second.plan)})"
     ours, theirs = breakdown(first.prediction), breakdown(second.prediction)
     gains = {place: theirs[place] - ours[place] for place in PLACES}
     told = sorted((p for p in PLACES if abs(gains[p]) >= _MATTERS * step), key=lambda p: -abs(gains[p]))
     less = [f"{seconds_text(gains[p])} less {_PLACE_NAMES[p]}" for p in told if gains[p] > 0]
     more = [f"{seconds_text(-gains[p])} more {_PLACE_NAMES[p]}" for p in told if gains[p] < 0]
-    why = f": {', '.join(less)}" if less else ""
-    though = f", though {', '.join(more)}" if more else ""
-    return f"{names}: {seconds_text(other - step)} ({percent_text((other - step) / other)}) faster{why}{though}."
+    reasons = [", ".join(each) for each in (less, more) if each]
+    why = f": {', though '.join(reasons)}" if reasons else ""
+    way = "faster" if other >= step else "slower"
+    return f"{names}: {seconds_text(abs(other - step))} ({percent_text(abs(other - step) / other)}) {way}{why}."
 
 
 def bounds(prediction: Prediction) -> Iterator[str]:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
-from math import ceil, floor, log10
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.report.chart import (
+    COLOURS,
+    MOST_TICKS,
+    Scale,
+    curve,
+    grid_x,
+    grid_y,
+    legend,
+    line,
+    log_scale,
+    log_ticks,
+    page,
+    text,
+)
 from planner.report.suggestion import choices_text, mesh_text
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, count_text, percent_text, rate_text, seconds_text
@@ -107,91 +119,55 @@ def _cells(found: Sweep, point: Point, names: Sequence[str]) -> Iterator[str]:
 # ---- the figure ------------------------------------------------------------------------------------------------------
 
 PANEL, LEFT, GAP, TOP, BOTTOM = 360, 64, 88, 36, 64
-SPEEDUP, EFFICIENCY, MFU, IDEAL = "#4e79a7", "#59a14f", "#f28e2b", "#999"
-_STYLE = "text{font:12px 'Helvetica Neue',Arial,sans-serif;fill:#222}.tick{font-size:11px}.title{font-weight:600}"
+IDEAL = "#999"
 
 
 def sweep_svg(found: Sweep, title: str) -> str:
-    """Return two panels over the number of workers: speedup, log-log, beside the ideal; efficiency and MFU."""
+    """Return two panels over the number of workers: speedup beside the ideal; efficiency and MFU."""
     points = [point for point in found.points if point.best is not None]
-    ends = _decades(point.workers for point in points)
-    width, height = LEFT + 2 * PANEL + GAP + 24, TOP + PANEL + BOTTOM
-    right = LEFT + PANEL + GAP
-    parts = [f'<text class="title" x="{LEFT}" y="18">{escape(title)}</text>']
-    parts += [*_speedups(points, ends), *_shares(points, ends, right)]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n'
-        f'<style>{_STYLE}</style>\n<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+    parts = [text(LEFT, 18, title, kind="title"), *_speedups(points), *_shares(points, LEFT + PANEL + GAP)]
+    return page(LEFT + 2 * PANEL + GAP + 24, TOP + PANEL + BOTTOM, parts)
 
 
-def _decades(values: Any) -> tuple[int, int]:
-    """The powers of ten around positive values, at least one apart."""
-    found = list(values)
-    low, high = floor(log10(min(found))), ceil(log10(max(found)))
-    return low, max(high, low + 1)
-
-
-def _place(value: float, ends: tuple[int, int]) -> float:
-    return (log10(value) - ends[0]) / (ends[1] - ends[0]) * PANEL
-
-
-def _axis_x(left: float, ends: tuple[int, int]) -> Iterator[str]:
+def _workers_axis(points: Sequence[Point], left: float) -> tuple[Scale, list[str]]:
+    scale = log_scale([point.workers for point in points], left, PANEL)
+    step = -(-len(points) // MOST_TICKS)
+    ticks = [(float(point.workers), f"{point.workers:,}") for point in points[::step]]
     bottom = TOP + PANEL
-    for decade in range(ends[0], ends[1] + 1):
-        x = left + _place(10.0**decade, ends)
-        yield f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" stroke="#ddd"/>'
-        yield f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{10**decade:,}</text>'
-    yield f'<text x="{left + PANEL / 2}" y="{bottom + 36}" text-anchor="middle">workers</text>'
+    return scale, [
+        *grid_x(scale, ticks, TOP, bottom),
+        text(left + PANEL / 2, bottom + 36, "workers", anchor="middle"),
+    ]
 
 
-def _speedups(points: Sequence[Point], ends: tuple[int, int]) -> Iterator[str]:
-    bottom, base = TOP + PANEL, points[0].workers
-    rows = [(point.workers, point.speedup or 1.0) for point in points]
-    heights = _decades([speedup for _, speedup in rows] + [count / base for count, _ in rows])
-    yield from _axis_x(LEFT, ends)
-    for decade in range(heights[0], heights[1] + 1):
-        y = bottom - _place(10.0**decade, heights)
-        yield f'<line x1="{LEFT}" y1="{y:.1f}" x2="{LEFT + PANEL}" y2="{y:.1f}" stroke="#ddd"/>'
-        yield f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0**decade:g}</text>'
-
-    def at(count: float, value: float) -> tuple[float, float]:
-        return LEFT + _place(count, ends), bottom - _place(value, heights)
-
-    yield _line([at(count, count / base) for count, _ in rows], IDEAL, "4 3")
-    yield from _curve([(*at(n, s), f"{n:,} workers: {s:.2f}x") for n, s in rows], SPEEDUP)
-    yield f'<text x="{LEFT + 8}" y="{TOP + 18}">speedup over {base:,} workers; dashed: ideal</text>'
+def _speedups(points: Sequence[Point]) -> Iterator[str]:
+    base = points[0].workers
+    across, parts = _workers_axis(points, LEFT)
+    yield from parts
+    values = [point.speedup or 1.0 for point in points]
+    ideal = [point.workers / base for point in points]
+    up = log_scale(values + ideal, TOP + PANEL, -PANEL)
+    yield from grid_y(up, [(tick, f"{tick:g}") for tick in log_ticks(up)], LEFT, LEFT + PANEL)
+    places = [across.at(point.workers) for point in points]
+    yield line([(x, up.at(each)) for x, each in zip(places, ideal, strict=True)], IDEAL, "4 3")
+    labels = [f"{point.workers:,} workers: {point.speedup:.2f}x" for point in points]
+    yield from curve([(x, up.at(v), each) for x, v, each in zip(places, values, labels, strict=True)], COLOURS[0])
+    yield text(LEFT + 8, TOP + 18, f"speedup over {base:,} workers; dashed: ideal")
 
 
-def _shares(points: Sequence[Point], ends: tuple[int, int], left: float) -> Iterator[str]:
-    bottom = TOP + PANEL
+def _shares(points: Sequence[Point], left: float) -> Iterator[str]:
+    across, parts = _workers_axis(points, left)
+    yield from parts
     top = max(1.0, *(point.efficiency or 0.0 for point in points))
-    yield from _axis_x(left, ends)
-    for percent in range(0, 101, 20):
-        y = bottom - percent / 100 / top * PANEL
-        yield f'<line x1="{left}" y1="{y:.1f}" x2="{left + PANEL}" y2="{y:.1f}" stroke="#ddd"/>'
-        yield f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{percent}%</text>'
-    series = (
-        ("efficiency", EFFICIENCY, [point.efficiency or 0.0 for point in points]),
-        ("MFU", MFU, [point.best.prediction.mfu if point.best else 0.0 for point in points]),
-    )
-    for row, (name, colour, values) in enumerate(series):
-        drawn = [
-            (left + _place(p.workers, ends), bottom - v / top * PANEL, f"{p.workers:,} workers: {name} {v:.1%}")
-            for p, v in zip(points, values, strict=True)
-        ]
-        yield from _curve(drawn, colour)
-        y = bottom - 30 + 18 * row
-        yield f'<circle cx="{left + 14}" cy="{y - 4}" r="5" fill="{colour}"/>'
-        yield f'<text x="{left + 26}" y="{y}">{name}</text>'
-
-
-def _line(places: Sequence[tuple[float, float]], colour: str, dash: str = "none") -> str:
-    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    return f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
-
-
-def _curve(places: Sequence[tuple[float, float, str]], colour: str) -> Iterator[str]:
-    yield _line([(x, y) for x, y, _ in places], colour)
-    for x, y, label in places:
-        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{escape(label)}</title></circle>'
+    up = Scale(0.0, top, TOP + PANEL, -PANEL, log=False)
+    yield from grid_y(up, [(tick / 100, f"{tick}%") for tick in range(0, 101, 20)], left, left + PANEL)
+    series = {
+        "efficiency": [point.efficiency or 0.0 for point in points],
+        "MFU": [point.best.prediction.mfu if point.best else 0.0 for point in points],
+    }
+    for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
+        rows = zip(points, values, strict=True)
+        yield from curve(
+            [(across.at(p.workers), up.at(v), f"{p.workers:,} workers: {name} {v:.1%}") for p, v in rows], colour
+        )
+    yield from legend(list(series), left + 10, TOP + PANEL - 30)

@@ -22,14 +22,12 @@ _STYLE = "text{font:12px 'Helvetica Neue',Arial,sans-serif;fill:#222}.title{font
 
 _COLUMNS = (
     ("MAPE", "mape"),
-    ("median", "median_ape"),
     ("bias", "bias"),
     ("Spearman", "spearman"),
     ("regret", "regret_mean"),
-    ("max regret", "regret_max"),
     ("in 80%", "coverage_80"),
     ("memory", "memory_mape"),
-    ("OOM right", "oom_right"),
+    ("OOM", "oom_right"),
     ("baseline", "baseline_mape"),
 )
 

@@ -35,21 +35,18 @@ class Choices:
                 self.edges[max(tensor.producer, consumer)].append((tensor, consumer, k))
         self.seconds = {}
 
-    def transition(self, dims, have, want):
-        key = (dims, have, want)
+    def transition(self, dims, have, want, in_place):
+        key = (dims, have, want, in_place)
         if key not in self.seconds:
-            self.seconds[key] = self.problem.transition(dims, have, want)
+            self.seconds[key] = self.problem.transition(dims, have, want, in_place=in_place)
         return self.seconds[key]
 
     def fits(self, pick, last):
         """Whether the choice for operator `last` goes together with those before it."""
         for tensor, consumer, k in self.edges[last]:
             source, sink = pick[tensor.producer], pick[consumer]
-            for have, want in (
-                (source.outputs[tensor.output], sink.inputs[k]),
-                (sink.grad_inputs[k], source.grad_outputs[tensor.output]),
-            ):
-                if self.transition(tensor.dims, have, want) is None:
+            for have, want, _, in_place in self.problem.pairs(tensor, consumer, k, source, sink):
+                if self.transition(tensor.dims, have, want, in_place) is None:
                     return False
         mine = {p.name for p in self.nodes[last].operator.parameters}
         for other in range(last):
@@ -76,7 +73,9 @@ LARGE = with_sizes(layers=4, hidden=256, heads=4, seq_len=64)
 
 
 @pytest.mark.parametrize("machine", [CPU, A100], ids=lambda machine: machine.name)
-@pytest.mark.parametrize("spec", [SMALL, LLAMA, msgspec.structs.replace(SMALL, hidden=384, head_dim=64, ffn_hidden=1536)])
+@pytest.mark.parametrize(
+    "spec", [SMALL, LLAMA, msgspec.structs.replace(SMALL, hidden=384, head_dim=64, ffn_hidden=1536)]
+)
 def test_the_programme_finds_what_brute_force_finds(machine, spec):
     problem = _Problem(plan(spec, tp=2, batch=4), machine)
     for node in problem.nodes:  # without sequence parallelism, few enough to walk them all
@@ -93,7 +92,7 @@ def test_the_programme_finds_what_brute_force_finds(machine, spec):
 
 @pytest.mark.parametrize(
     ("machine", "spec", "tp"),
-    [(CPU, with_sizes(layers=12), 2), (CPU, with_sizes(layers=12), 4), (A100, preset("gpt3-175b"), 8), (A100, preset("llama3-70b"), 8)],
+    [(CPU, with_sizes(layers=12), 2), (CPU, with_sizes(layers=12), 4), (A100, preset("gpt3-175b"), 8)],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_megatrons_pairs_come_out_by_themselves(machine, spec, tp):

@@ -13,7 +13,7 @@ import pytest
 
 from planner import launch
 from planner.errors import MachineError
-from planner.launch import Launcher, find_launcher, launch_command, launch_environment
+from planner.launch import Launcher, find_launcher, launch_command, launch_environment, parse_hosts
 
 PROGRAM = ["executor", "run", "plan.json"]
 
@@ -65,6 +65,52 @@ def test_flags_of_mpich(ranks: int, threads: int, root: bool, flags: str) -> Non
 )
 def test_flags_of_open_mpi(ranks: int, threads: int, root: bool, flags: str) -> None:
     assert _flags("openmpi", ranks, threads=threads, root=root) == flags.split()
+
+
+def test_ranks_fill_hosts_in_equal_blocks() -> None:
+    hosts = ("node1", "node2")
+    flags = {
+        family: launch_command(
+            Launcher(Path("mpirun"), family),  # type: ignore[arg-type]
+            8, PROGRAM, threads_per_rank=1, cores=4, root=False, hosts=hosts,
+        )
+        for family in ("mpich", "openmpi")
+    }  # fmt: skip
+    assert flags["mpich"] == [
+        *["mpirun", "-n", "8", "-hosts", "node1,node2", "-ppn", "4", "-bind-to", "core"],
+        *PROGRAM,
+    ]
+    taken = ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "PYTHONUNBUFFERED"]
+    carried = [word for name in taken for word in ("-x", name)]
+    assert flags["openmpi"] == [
+        *["mpirun", "-n", "8", "--host", "node1:4,node2:4"], *carried, "--bind-to", "core", *PROGRAM,
+    ]  # fmt: skip
+    odd = launch_command(
+        Launcher(Path("mpirun"), "openmpi"), 5, PROGRAM, threads_per_rank=1, cores=2, root=False, hosts=hosts
+    )
+    assert "node1:3,node2:3" in odd and "--oversubscribe" in odd, "three ranks on the two cores of a host"
+
+
+def test_hosts_are_names_or_a_file_of_names(tmp_path: Path) -> None:
+    assert parse_hosts(None) == ()
+    assert parse_hosts("node1, 10.0.0.2,node-3.cluster") == ("node1", "10.0.0.2", "node-3.cluster")
+    file = tmp_path / "hosts"
+    file.write_text("# ours\nnode1  # the fast one\n\nnode2\n", encoding="utf-8")
+    assert parse_hosts(str(file)) == ("node1", "node2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node1,,node2", "has the entry ''; write host names"),
+        ("node1 slots=2", "has the entry 'node1 slots=2'; write host names"),
+        ("-x", "has the entry '-x'"),
+        ("a,b,a", "names a 2 times; name each host once"),
+    ],
+)
+def test_hosts_that_are_none(text: str, message: str) -> None:
+    with pytest.raises(MachineError, match=message):
+        parse_hosts(text)
 
 
 def test_threads_are_set_for_every_library() -> None:

@@ -175,3 +175,17 @@ def test_a_measured_machine_survives_its_file(tmp_path: object) -> None:
     path = f"{tmp_path}/machine.toml"
     dump_machine(RIVALS, path)
     assert load_machine(path) == RIVALS
+
+
+def test_on_a_cpu_a_reduction_started_early_still_takes_its_time() -> None:
+    spec = with_sizes(None, layers=4, hidden=256, heads=4, seq_len=64)
+    plan = make_plan(spec, Mesh(dp=2), global_batch_size=4, micro_batch_size=2)
+    early = msgspec.structs.replace(plan, overlap_gradients=True)
+    blocking = predict(plan, RIVALS).step_seconds
+    assert RIVALS.overheads.overlap_fraction == 0
+    neutral = RIVALS.with_figures({"overheads.overlap_slowdown": 1.0})
+    assert predict(early, neutral).step_seconds == pytest.approx(blocking, rel=0.02)
+    slower = RIVALS.with_figures({"overheads.overlap_slowdown": 2.0})
+    assert predict(early, slower).step_seconds > 1.02 * blocking
+    hiding = neutral.with_figures({"overheads.overlap_fraction": 1.0})
+    assert predict(early, hiding).step_seconds < 0.99 * blocking

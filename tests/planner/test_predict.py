@@ -80,7 +80,7 @@ THICK = msgspec.structs.replace(
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(("pp", "count"), [(2, 2), (2, 7), (4, 4), (4, 9), (8, 16)])
 def test_the_bubble_of_equal_stages(schedule, pp, count):
-    """(p-1)/(m+p-1) of all rank-seconds with free communication (Narayanan et al. 2021, §2.2); the update is left out."""
+    """(p-1)/(m+p-1) of all rank-seconds with free communication (Narayanan et al. 2021, §2.2), the update left out."""
     found = predict(plan(THICK, pp=pp, schedule=schedule, batch=count, training={"dropout": 0.0}), FREE)
     update = max(o.seconds[1] for key, o in found.operators.items() if key == "update.layer.adamw.update")
     idle = found.bubble_fraction * found.step_seconds
@@ -166,7 +166,8 @@ COARSE = [
     {}, {"pp": 2}, {"pp": 4, "batch": 12}, {"pp": 2, "dp": 2}, {"pp": 2, "tp": 2, "sequence_parallel": True}, {"cp": 2},
     {"pp": 2, "schedule": "gpipe"}, {"pp": 2, "schedule": "interleaved", "chunks": 2}, {"pp": 2, "schedule": "zb-h1"},
     {"pp": 2, "schedule": "zb-v", "chunks": 2}, {"dp": 2, "zero_stage": 1}, {"dp": 2, "zero_stage": 2},
-    {"dp": 2, "pp": 2, "zero_stage": 3}, {"pp": 2, "recompute": "full"}, {"spec": GPT, "cp": 2, "cp_kind": "ring", "pp": 2},
+    {"dp": 2, "pp": 2, "zero_stage": 3}, {"pp": 2, "recompute": "full"},
+    {"spec": GPT, "cp": 2, "cp_kind": "ring", "pp": 2},
     {"spec": LLAMA, "tp": 2, "pp": 2, "dp": 2}, {"pp": 2, "micro": 3},
 ]  # fmt: skip
 
@@ -183,7 +184,8 @@ def test_the_coarse_replay_is_the_fine_one(choices, monkeypatch):
 
 
 REPRESENTED = [
-    {"dp": 4}, {"dp": 3, "batch": 8}, {"tp": 4}, {"tp": 3, "dp": 2}, {"cp": 4}, {"cp": 3, "tp": 2, "sequence_parallel": True},
+    {"dp": 4}, {"dp": 3, "batch": 8}, {"tp": 4}, {"tp": 3, "dp": 2}, {"cp": 4},
+    {"cp": 3, "tp": 2, "sequence_parallel": True},
     {"pp": 2, "dp": 3, "batch": 7}, {"spec": LLAMA, "tp": 4}, {"spec": LLAMA, "tp": 5, "dp": 2}, {"spec": GPT, "cp": 3},
     {"dp": 2, "cp": 2, "zero_stage": 3}, {"pp": 2, "tp": 2, "dp": 2, "schedule": "zb-h1"},
     {"spec": GPT, "cp": 3, "cp_kind": "ulysses", "tp": 2}, {"dp": 4, "overlap_gradients": True},

@@ -169,7 +169,7 @@ def stages(candidate):
 @settings(max_examples=40, deadline=None)
 @given(plans())
 def test_every_parameter_is_trained_once(candidate):
-    """One gradient per operator and micro-batch, one optimizer task per unit; units are what the stages' graph holds."""
+    """One gradient per operator and micro-batch, one optimizer task per unit; units hold what the graph does."""
     graph = build_graph(candidate.model)
     made = {p.name: o.name for o in operators(graph) for p in o.parameters}
     held = Counter()
@@ -222,7 +222,7 @@ S, B_, H = 16, 3, 24  # of the small BERT: positions, micro-batch, hidden; a = 6
 
 
 def saved_elements(spec, stage_layers=1, **choices):
-    """Elements that a layer keeps from its forward to its backward pass: a model with one layer more, less one without."""
+    """Elements that a layer keeps from forward to backward: a model with one layer more, less one without."""
     totals = []
     for layers in (4, 4 + stage_layers):
         candidate = plan(msgspec.structs.replace(spec, layers=layers), batch=B_, micro=B_, **choices)
