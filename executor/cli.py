@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,8 @@ import typer
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 INTERRUPTED = 130  # 128 + SIGINT
+SILENT_SECONDS = 3.0
+"""How long a rank that says nothing of its error stays: some launchers end all ranks at the first exit with a code."""
 
 Job = Callable[[], int | None]
 
@@ -43,13 +46,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 def main() -> None:
     """Parse the command line; then run the command under MPI."""
+    first = _is_first_rank()
     with contextlib.ExitStack() as stack:
-        if not _is_first_rank():  # help and usage errors are the same on all ranks: one of them says it
+        if not first:  # help and usage errors are the same on all ranks: one of them says it
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
             app()
         except SystemExit as end:
+            if end.code and not first:
+                time.sleep(SILENT_SECONDS)
             if end.code or not _jobs:
                 raise
     from executor.comm.mpi import run_under_mpi  # noqa: PLC0415 - starts MPI

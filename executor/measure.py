@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor.collect import gather_bytes
-from executor.comm import Communicator, clock_offsets
+from executor.comm import ClockWatch, Communicator
 from executor.environment import describe_environment
 from executor.memory import Arena
 from executor.runtime import StepResult
@@ -36,7 +36,7 @@ GEMM_REPEATS = 5
 
 
 class Recorder:
-    """What a rank remembers of its run.
+    """What a rank remembers of its run; making one is collective over the job, which compares its clocks.
 
     Attributes:
         losses: global loss of every step, warm-up included.
@@ -48,6 +48,7 @@ class Recorder:
         self.losses: list[float] = []
         self.gradient_norms: list[float] = []
         self.resident_at_start_bytes = resident_bytes()
+        self._clocks = ClockWatch(comm)
         self._seconds: list[float] = []
         self._kept: deque[StepResult] = deque(maxlen=KEPT_STEPS)
 
@@ -79,8 +80,9 @@ class Recorder:
         typical = median(seconds)
         kept = len(self._kept)
         index = min(range(kept), key=lambda i: abs(seconds[timed - kept + i] - typical))
-        offset = float(clock_offsets(comm).offset_seconds[comm.rank])
+        self._clocks.end()
         chosen = self._kept[index]
+        offset = self._clocks.offset_seconds(chosen.started)
         own = _RankRecord(
             started=chosen.started + offset,
             spans=[(s.stream, s.key, s.start + offset, s.end + offset, s.wait) for s in chosen.spans],
@@ -95,6 +97,7 @@ class Recorder:
             return None
         ranks = [msgspec.msgpack.decode(content, type=_RankRecord) for content in gathered]
         machine = _machine_note(self.plan, peak_flops_per_second)
+        notes = notes | {"clock_offsets": self._clocks.note()}
         return self._measurement(ranks, seconds, seconds[timed - kept + index], machine, notes)
 
     def _slowest(self) -> list[float]:

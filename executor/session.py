@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
@@ -15,7 +13,7 @@ import numpy as np
 import threadpoolctl
 
 from executor import kernels
-from executor.comm import Communicator, hash_replicated
+from executor.comm import Communicator, hash_replicated, ranks_by_host
 from executor.data import Batches
 from executor.measure import Recorder, gemm_flops_per_second
 from executor.runtime import Runtime, StepResult
@@ -153,11 +151,13 @@ def hash_replicas(runtime: Runtime) -> None:
 def _notes(plan: Plan, comm: Communicator, options: RunOptions) -> dict[str, Any]:
     """What the environment of a measurement says beyond the machine's own description."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    here = ranks_on_host(comm)
+    hosts = ranks_by_host(comm)
+    here = next(len(ranks) for ranks in hosts if comm.rank in ranks)
     threads = here * plan.training.threads_per_rank
     return {
         "ranks": comm.size,
         "ranks_on_host": here,
+        "hosts": len(hosts),
         "threads_per_rank": plan.training.threads_per_rank,
         # Bound ranks each see their own cores only, so the machine's count is the one to compare with.
         "oversubscribed": threads > (os.cpu_count() or usable),
@@ -165,12 +165,6 @@ def _notes(plan: Plan, comm: Communicator, options: RunOptions) -> dict[str, Any
         "data": options.data or "default text",
         "paranoid": options.paranoid,
     }
-
-
-def ranks_on_host(comm: Communicator) -> int:
-    """How many ranks share this rank's host; collective."""
-    words = comm.world.gather_words(zlib.crc32(platform.node().encode()))
-    return words.count(words[comm.rank])
 
 
 def require_writable(comm: Communicator, output: Path) -> None:

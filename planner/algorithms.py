@@ -9,7 +9,7 @@ import msgspec
 from planner.machine import Machine
 from planner.plan import Plan
 from planner.price import COLLECTIVES, SCALARS, Place, Pricer, group_seconds, measured_tables
-from planner.program import Program, Task, lower
+from planner.program import Program, Shared, Task, lower
 
 DEFAULT = "native"
 """What the executor runs where a plan says nothing: the MPI library's own."""
@@ -27,9 +27,10 @@ def fix_collectives(plan: Plan, machine: Machine) -> Plan:
     if not machine.link_in_host.measured or plan.mesh.world_size == 1:
         return plan
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    pricer, shared = Pricer(plan, machine), Shared()
     for at in (at for at in plan.mesh.coordinates() if at.dp == at.cp == at.tp == 0):
-        for task, count in _collectives(lower(plan, plan.mesh.rank(at))):
-            operation, place = COLLECTIVES[task.kind], Pricer(plan, machine).place(task, at)
+        for task, count in _collectives(lower(plan, plan.mesh.rank(at), shared=shared)):
+            operation, place = COLLECTIVES[task.kind], pricer.place(task, at)
             for algorithm in measured_algorithms(machine, operation, place):
                 seconds = group_seconds(machine, task, place, algorithm=algorithm)
                 totals[f"{task.axis}.{operation}"][algorithm] += count * float(seconds)

@@ -20,7 +20,7 @@ from planner.mesh import Coordinate, Mesh
 from planner.model import model_flops
 from planner.plan import Plan
 from planner.price import COLLECTIVES, Pricer
-from planner.program import Program, Step, Task, lower
+from planner.program import Program, Shared, Step, Task, lower
 from planner.simulate import Replay, TaskTable, replay
 from planner.trace import (
     PARTS,
@@ -68,6 +68,9 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
     peak_flops = machine.peak_flops_per_second(plan.training.precision)
     busy = dict(zip(ranks, figure.rank_seconds, strict=True))
     by_class = [busy[members[0]] if members else 0.0 for members in kept]
+    rank_seconds = _expand(by_class, classes, plan.mesh.world_size)
+    if machine.relative_speeds:  # ranks of a class do equal work, and may still differ in speed
+        rank_seconds = [busy.get(rank, seconds) for rank, seconds in enumerate(rank_seconds)]
     return Prediction(
         version=version_note(),
         plan_hash=plan.hash,
@@ -85,9 +88,7 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
         exposed_communication_seconds=figure.exposed_mean_seconds,
         exposed_communication_seconds_max=figure.exposed_max_seconds,
         wait_seconds=figure.wait_seconds,
-        rank_seconds=[
-            busy.get(rank, seconds) for rank, seconds in enumerate(_expand(by_class, classes, plan.mesh.world_size))
-        ],  # ranks of a class do equal work, and may still differ in speed
+        rank_seconds=rank_seconds,
         peak_bytes=_expand([peak.total_bytes for peak in peaks], classes, plan.mesh.world_size),
         peak_parts={
             part: _expand([peak.parts[part] for peak in peaks], classes, plan.mesh.world_size) for part in PARTS
@@ -191,12 +192,8 @@ class _Replayed:
         self.pricer = Pricer(plan, self.machine)
         places = representatives(plan)
         self.ranks = [mesh.rank(at) for at in places]
-        lowered: dict[int, Program] = {}
-        for members in rank_classes(plan):
-            for rank in members:
-                if rank in self.ranks:
-                    lowered[rank] = lower(plan, rank)
-        self.programs = {rank: lowered[rank] for rank in self.ranks}
+        shared: Shared = {}
+        self.programs = {rank: lower(plan, rank, shared=shared) for rank in self.ranks}
         self.entries: list[_Entry] = []
         self._joins: dict[tuple[object, ...], int] = {}
         self._sent: dict[tuple[object, ...], tuple[int, float]] = {}  # the entry to wait for, time it still takes

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from planner.algorithms import fix_collectives
 from planner.errors import DataError, ModelError, PlanError, ScheduleError
 from planner.huggingface import from_huggingface
 from planner.machine import GENERIC_PROFILE, Machine, load_machine, machine_names, user_profile_path
@@ -257,7 +258,7 @@ def hand_plan(
     if recipe.name in DURATION_DEPENDENT:
         draft = make_plan(model, mesh, schedule=_draft(recipe), **arguments)
         recipe = timed_recipe(draft, recipe, machine)
-    return make_plan(model, mesh, schedule=recipe, **arguments)
+    return fix_collectives(make_plan(model, mesh, schedule=recipe, **arguments), machine)
 
 
 def _recipe(options: LayoutOptions) -> ScheduleRecipe:

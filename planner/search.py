@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.admissible import ContextKind
+from planner.algorithms import fix_collectives
 from planner.balance import balance, replica_speeds, split_batch, stage_speeds
 from planner.candidates import UPDATES, Candidates, Question, Update, estimate
 from planner.errors import MeshwrightError, PlanError
@@ -28,7 +29,7 @@ from planner.machine import Machine
 from planner.mesh import Mesh, factorizations
 from planner.model import ModelSpec
 from planner.plan import Plan, Recompute, ScheduleRecipe, Training, make_plan
-from planner.predict import predict
+from planner.predict import WHOLE_MESH_RANKS, predict
 from planner.schedule import model_chunks
 from planner.ties import by_preference
 from planner.trace import Prediction
@@ -36,10 +37,11 @@ from planner.trace import Prediction
 if TYPE_CHECKING:
     from planner.assign import Assignment
 
-REPLAY_SECONDS = 0.8
-"""Time for replaying the best candidates; the first that fits is replayed in any case."""
+REPLAY_SPANS = 20_000
+"""Spans to replay, under a second's work; a count and not a time, so that the answer does not depend on the load."""
 
-ALWAYS_REPLAYED = 1
+LARGE_MESH_SPANS = 10_000  # what laying out a mesh beyond `WHOLE_MESH_RANKS` costs, in spans
+ALWAYS_REPLAYED = 2
 SPARE_REPLAYS = 6  # beyond the plans asked for: an estimate may put the best a few places down
 BEST_KEPT = 256
 """Estimates that are put in order; so many candidates at most can be replayed."""
@@ -267,7 +269,7 @@ class _Search:
         structure, at = group.structure, group.columns
         pp, dp, cp, tp, micro, chunks = (int(getattr(at, f.name)[row]) for f in fields(at))
         mesh = Mesh(pp=pp, dp=dp, cp=cp, tp=tp)
-        return make_plan(
+        plan = make_plan(
             self.model, mesh,
             global_batch_size=self.global_batch_size,
             micro_batch_size=micro,
@@ -283,6 +285,7 @@ class _Search:
             training=self.training,
             forward_only=self.forward_only,
         )  # fmt: skip
+        return fix_collectives(plan, self.machine)
 
     def _parts(self, mesh: Mesh) -> dict[str, tuple[int, ...]]:
         """Part sizes that are not even: the batch over replicas of different speeds."""
@@ -353,13 +356,12 @@ def suggest(
         forward_only,
     )  # fmt: skip
     search.estimate_all()
-    estimated = time.perf_counter()
     ranked: list[Ranked] = []
-    replayed = 0
+    replayed = effort = 0
     too_large: dict[tuple[object, ...], float] = {}  # least estimate in a family that a replay found not to fit
     for group, row, update in search.best():
-        late = time.perf_counter() - estimated > REPLAY_SECONDS
-        if replayed >= top + SPARE_REPLAYS or (late and len(ranked) >= ALWAYS_REPLAYED):
+        enough = effort > REPLAY_SPANS and len(ranked) >= ALWAYS_REPLAYED
+        if replayed >= top + SPARE_REPLAYS or enough:
             break
         family, needed = group.family(row), float(group.peak_bytes[row, group.updates.index(update)])
         if needed >= too_large.get(family, np.inf):
@@ -372,6 +374,7 @@ def suggest(
         except MeshwrightError as error:
             search.rejected[str(error)] += 1
             continue
+        effort += len(prediction.trace) + (LARGE_MESH_SPANS if workers > WHOLE_MESH_RANKS else 0)
         if _needed_bytes(machine, plan, prediction) > limit:
             search.rejected[search.memory_reason()] += 1
             too_large[family] = min(needed, too_large.get(family, np.inf))

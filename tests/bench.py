@@ -354,7 +354,7 @@ def main() -> int:
     parser.add_argument("--only", default="rank,torch,ranks,attention,start,overlap", help="parts to run")
     chosen = parser.parse_args()
     parts, pairs = set(chosen.only.split(",")), 4 if chosen.quick else 12
-    rounds, steps = (2, 5) if chosen.quick else (5, 10)
+    rounds, steps = (2, 5) if chosen.quick else (4, 8)
     rows: list[Row] = []
 
     def show(found: list[Row]) -> None:

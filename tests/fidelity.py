@@ -54,6 +54,8 @@ GOALS = {
 }  # fmt: skip
 RUN_SECONDS = 3.0
 MIN_STEPS, MAX_STEPS = 6, 30
+PLAIN = 3  # of the plans of a model
+BUSY = ": other processes use this machine; what follows says more about them than about the predictions"
 OPERATOR_SHARE = 0.005
 """Operators below this share of a step's compute do not enter the operators' error: they are timer noise."""
 
@@ -119,18 +121,20 @@ def describe(plan: Plan) -> str:
     notes = [f"m={len(plan.micro_batches(0))}"]
     notes += [plan.schedule.name] if mesh.pp > 1 else []
     notes += [f"zero {plan.zero_stage}"] if plan.zero_stage else []
+    notes += ["overlap"] if plan.overlap_gradients else []
     notes += ["sp"] if plan.sequence_parallel else []
     notes += [plan.cp_kind] if mesh.cp > 1 else []
     notes += [f"recompute {plan.recompute}"] if plan.recompute != "none" else []
     notes += [plan.attention] if plan.attention != "plain" else []
+    notes += [f"{plan.training.threads_per_rank} threads"] if plan.training.threads_per_rank > 1 else []
     notes += [plan.training.optimizer] if plan.training.optimizer != "adamw" else []
     return f"{axes}, {', '.join(notes)}"
 
 
 def choices(rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Plans over all axes, first the plain ones of each, then drawn ones without end."""
+    """Plans over all axes: a few of the plain ones, then drawn ones without end."""
     plain: list[dict[str, Any]] = [{}, {"tp": 2}, {"dp": 2}, {"pp": 2, "m": 4}, {"cp": 2}]
-    yield from plain
+    yield from (plain[int(i)] for i in rng.permutation(len(plain))[:PLAIN])
     while True:
         axis = str(rng.choice(["one", "dp", "tp", "pp", "cp"]))
         drawn: dict[str, Any] = {} if axis == "one" else {axis: 2}
@@ -138,6 +142,8 @@ def choices(rng: np.random.Generator) -> Iterator[dict[str, Any]]:
         drawn["recompute"] = str(rng.choice(["none", "none", "selective", "full"]))
         drawn["attention"] = "plain" if axis == "cp" else str(rng.choice(["plain", "plain", "blocked"]))
         drawn["optimizer"] = str(rng.choice(["adamw", "adamw", "sgd"]))
+        if axis == "one":
+            drawn["threads"] = int(rng.integers(1, 3))
         if axis == "dp":
             drawn["zero_stage"] = int(rng.integers(4))
         if axis == "tp":
@@ -156,13 +162,13 @@ def plan_of(family: Family, machine: Machine, drawn: dict[str, Any]) -> Plan:
     micro_batches = options.pop("m", 1)
     per_replica = family.global_batch_size // mesh.dp
     name = options.pop("schedule", "1f1b")
-    optimizer = options.pop("optimizer", "adamw")
+    training = Training(optimizer=options.pop("optimizer", "adamw"), threads_per_rank=options.pop("threads", 1))
     plan = make_plan(
         family.model(), mesh,
         global_batch_size=family.global_batch_size,
         micro_batch_size=max(1, per_replica // micro_batches),
         schedule=ScheduleRecipe(name=name, num_model_chunks=2 if name == "interleaved" else 1),
-        training=Training(optimizer=optimizer), **options,
+        training=training, **options,
     )  # fmt: skip
     return fix_collectives(plan, machine)
 
@@ -190,11 +196,15 @@ def suggested_plan(family: Family, machine: Machine) -> Plan:
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def under_mpi(ranks: int, program: list[str]) -> None:
+def under_mpi(ranks: int, program: list[str], threads: int = 1) -> None:
     """Start the executor as `planner run` does; its talk is shown only when it fails."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    command = launch_command(find_launcher(), ranks, [*find_executor(), *program], cores=cores, root=is_root())
-    done = subprocess.run(command, env=launch_environment(1), capture_output=True, text=True, check=False, timeout=600)
+    command = launch_command(
+        find_launcher(), ranks, [*find_executor(), *program], threads_per_rank=threads, cores=cores, root=is_root()
+    )
+    done = subprocess.run(
+        command, env=launch_environment(threads), capture_output=True, text=True, check=False, timeout=600
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
 
@@ -204,7 +214,8 @@ def run(plan: Plan, seconds: float, folder: Path) -> Measurement:
     steps = int(np.clip(RUN_SECONDS / seconds, MIN_STEPS, MAX_STEPS))
     path, out = folder / "plan.json", folder / "measured.json"
     dump_plan(plan, path)
-    under_mpi(plan.mesh.world_size, ["run", str(path), "--steps", str(steps), "--warmup", "2", "-o", str(out)])
+    program = ["run", str(path), "--steps", str(steps), "--warmup", "2", "-o", str(out)]
+    under_mpi(plan.mesh.world_size, program, plan.training.threads_per_rank)
     return load_measurement(out)
 
 
@@ -309,6 +320,8 @@ def main() -> None:
     parser.add_argument("--machine", type=Path, help="a profile to use instead of measuring one")
     parser.add_argument("--json", type=Path, help="where to write everything as JSON")
     options = parser.parse_args()
+    load = os.getloadavg()[0]
+    print(f"load average {load:.1f}" + (BUSY if load > 0.5 else ""), file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = options.machine

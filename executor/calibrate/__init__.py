@@ -2,7 +2,7 @@
 
 probes     small models trained on one rank, each task timed where it runs
 exchanges  collectives and messages timed on groups of every size
-between    the links between hosts
+between    the same between hosts
 host       cores, memory, threads, rivals for a core
 fit        figures from observations
 assemble   a Machine from figures

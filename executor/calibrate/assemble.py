@@ -38,6 +38,9 @@ MIN_STEP_LOG_SIGMA = 0.04
 DEFAULT_COLLECTIVE_LOG_SIGMA = 0.15
 """Spread claimed for links that nothing was timed on."""
 
+OVERLAP_SLOWDOWN = 1.1
+"""Of a reduction started early: polled from between kernels, it finds neither its buffers nor its peer ready."""
+
 FALLBACK_KERNEL = "activation_backward"
 """One multiply per element: what kinds that no probe has take by the byte."""
 
@@ -111,13 +114,14 @@ def machine_of(survey: Survey) -> Machine:
 def _overheads(survey: Survey, link: Link, provenance: str) -> Overheads:
     """The interpreter's time around tasks, micro-batches and steps."""
     return Overheads(
-        provenance=provenance,
+        provenance=f"{provenance}; overlap_slowdown is assumed",
         dispatch_seconds=_median(probe.gap_seconds for probe in survey.alone),
         collective_dispatch_seconds=survey.barrier_seconds or survey.between.barrier_seconds,
         micro_batch_seconds=_median(probe.load_seconds for probe in survey.alone),
         step_seconds=max(0.0, _median(probe.around_seconds for probe in survey.alone)),
         exchange_seconds=_exchange_seconds(survey, link),
         overlap_fraction=0.0,  # MPI moves nothing while this process computes
+        overlap_slowdown=OVERLAP_SLOWDOWN,
     )
 
 

@@ -16,9 +16,6 @@ from planner.errors import MachineError
 Hosts = tuple[tuple[int, ...], ...]
 """The ranks of each host."""
 
-ALWAYS_BYTES = 1 << 16
-"""Messages up to this size are timed even when the time is used up: a network may be slow."""
-
 
 @dataclass
 class Between:
@@ -74,10 +71,9 @@ def time_between(
         tell(len(ranks))
         if comm.rank in ranks:
             group = comm.group(ranks, "profile")
-            found.exchanges += time_exchanges(
-                group, quick=quick, seconds=seconds / len(groups), always_bytes=ALWAYS_BYTES, ranks_per_host=on_host
-            )
-            found.barrier_seconds = found.barrier_seconds or barrier_seconds(group)
+            found.exchanges += time_exchanges(group, quick=quick, seconds=seconds / len(groups), ranks_per_host=on_host)
+            meeting = barrier_seconds(group)  # all of the group call, whether or not they have a figure already
+            found.barrier_seconds = found.barrier_seconds or meeting
         meet()
     if len(hosts) > 1:
         pair = (*hosts[0], *hosts[1])

@@ -73,23 +73,20 @@ def group_sizes(ranks: int) -> list[int]:
     return sorted({2**i for i in range(1, ranks.bit_length()) if 2**i <= ranks} | ({ranks} if ranks > 1 else set()))
 
 
-def time_exchanges(
-    group: Group, *, quick: bool, seconds: float, always_bytes: int = ALWAYS_BYTES, ranks_per_host: int = 1
-) -> list[Timed]:
+def time_exchanges(group: Group, *, quick: bool, seconds: float, ranks_per_host: int = 1) -> list[Timed]:
     """Time every collective and algorithm, and messages between the first and the last rank, of a group.
 
     Args:
         group: whose ranks all call.
         quick: fewer message sizes.
         seconds: time to spend; the largest messages are left out when it is used up.
-        always_bytes: messages up to this size are timed even then.
         ranks_per_host: of a group that spans hosts.
     """
     deadline = perf_counter() + seconds
     alive = {(operation, name) for operation in OPERATIONS for name in ALGORITHMS[operation]} | {("send", "library")}
     timed = {each: Timed(each[0], group.size, each[1], [], [], ranks_per_host) for each in sorted(alive)}
     for nbytes in QUICK_SIZES if quick else SIZES:
-        if nbytes > always_bytes and max(_means(group, [float(perf_counter() > deadline)])) > 0:
+        if nbytes > ALWAYS_BYTES and max(_means(group, [float(perf_counter() > deadline)])) > 0:
             break
         for operation in (*OPERATIONS, "send"):
             alive -= _time_size(group, [timed[each] for each in sorted(alive) if each[0] == operation], nbytes)
@@ -181,9 +178,14 @@ def _typical(group: Group, prepare: Callable[[], object], call: Callable[[], obj
         call()
         seconds.append(perf_counter() - begun)
         if len(seconds) == MIN_REPEATS:
-            longest = max(_means(group, [float(np.median(seconds))]))
-            repeats = int(np.clip(ENOUGH_SECONDS / longest, MIN_REPEATS, MAX_REPEATS))
+            repeats = _enough_repeats(group, seconds)
     return float(np.quantile(_means(group, seconds[1:]), LOWER_QUARTILE))
+
+
+def _enough_repeats(group: Group, seconds: Sequence[float]) -> int:
+    """How often to time what took so long so far, the same on all ranks."""
+    typical = max(_means(group, [float(np.median(seconds))]))
+    return int(np.clip(ENOUGH_SECONDS / typical, MIN_REPEATS, MAX_REPEATS))
 
 
 def _means(group: Group, own: Sequence[float]) -> Floats:
@@ -196,11 +198,11 @@ def _means(group: Group, own: Sequence[float]) -> Floats:
 def _message_seconds(group: Group, size: int) -> float:
     """Half of a round trip between the first and the last rank."""
     buffer, answer = np.ones(size // 4, np.float32), np.ones(size // 4, np.float32)
-    repeats = int(np.clip(ENOUGH_SECONDS / (5e-6 + size / 5e9), MIN_REPEATS, MAX_REPEATS))
+    repeats = MIN_REPEATS
     ends = (0, group.size - 1)
     peer = group.size - 1 - group.rank
-    own = []
-    for _ in range(repeats):
+    own: list[float] = []
+    while len(own) < repeats:
         EVICTION.sum()
         buffer[:] = 1.0
         group.arrive()
@@ -212,5 +214,8 @@ def _message_seconds(group: Group, size: int) -> float:
                 request = group.irecv(answer, peer, key="profile")
                 while not request.test():
                     pass
-        own.append((perf_counter() - begun) / 2 if group.rank in ends else 0.0)
-    return float(np.quantile(_means(group, own[1:]) * group.size / 2, LOWER_QUARTILE))
+        # The last sender's own time ends when its message is buffered; only who asked knows the whole way.
+        own.append((perf_counter() - begun) / 2 if group.rank == 0 else 0.0)
+        if len(own) == MIN_REPEATS:
+            repeats = _enough_repeats(group, own)
+    return float(np.quantile(_means(group, own[1:]) * group.size, LOWER_QUARTILE))

@@ -66,7 +66,8 @@ def thread_speedup(cores: int, probe: Probe, seconds: float) -> tuple[float, ...
                 found = run_probe(probe, perf_counter() + seconds / len(counts), threads).observations
             products = [each for each in found if each.kind.startswith("linear")]
             fastest.append(sum(each.count * min(elapsed for elapsed, _ in each.samples) for each in products))
-    speedups = fastest[0] / np.asarray(fastest)
+    # More threads slow a product down only where another process holds one of their cores.
+    speedups = np.maximum.accumulate(np.clip(fastest[0] / np.asarray(fastest), 1.0, counts))
     return tuple(float(value) for value in np.interp(range(1, cores + 1), counts, speedups))
 
 

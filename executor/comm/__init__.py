@@ -9,6 +9,7 @@
     algorithms    collectives composed of others, where a library's own is slow
     paranoid      fingerprints of collectives and of replicated tensors, compared across ranks
     clock         offsets between the ranks' clocks
+    hosts         which ranks share a host
     mpi           the MPI transport and the end of a job; the only module that imports mpi4py
     loopback      the in-process transport, ranks as threads
     fabric        where those threads meet, with exact deadlock detection
@@ -18,15 +19,17 @@ Everything but the two transports is imported here; `executor.comm.mpi` initiali
 
 from executor.comm.algorithms import ALGORITHMS
 from executor.comm.base import CommunicationError, Request, wait_all
-from executor.comm.clock import ClockOffsets, clock_offsets
+from executor.comm.clock import ClockOffsets, ClockWatch, clock_offsets
 from executor.comm.communicator import Communicator
 from executor.comm.group import Elapsed, Group
+from executor.comm.hosts import ranks_by_host
 from executor.comm.paranoid import hash_replicated
 from executor.comm.record import Counters, Tally
 
 __all__ = [
     "ALGORITHMS",
     "ClockOffsets",
+    "ClockWatch",
     "CommunicationError",
     "Communicator",
     "Counters",
@@ -36,5 +39,6 @@ __all__ = [
     "Tally",
     "clock_offsets",
     "hash_replicated",
+    "ranks_by_host",
     "wait_all",
 ]

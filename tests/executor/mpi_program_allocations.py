@@ -30,8 +30,12 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
 }
 
 
-def largest_growth(comm: Communicator, choices: dict[str, Any], steps: int = 2) -> tuple[int, int]:
-    """Bytes by which traced memory grows at most during later steps, spans left out, and by which the arena grows."""
+def least_growth(comm: Communicator, choices: dict[str, Any]) -> tuple[int, int]:
+    """Bytes by which a later step makes traced memory grow, and the arena: the least of several steps.
+
+    What the program allocates, it allocates in every step; a send that lingers because its receiver is late makes the
+    arena hand out a new block now and then. Spans are left out: they are kept for the measurement.
+    """
     choices = dict(choices)
     mesh = Mesh(**{axis: choices.pop(axis) for axis in ("pp", "dp", "cp", "tp") if axis in choices})
     model = with_sizes(base_spec(), layers=2, hidden=256, heads=4, seq_len=256)
@@ -41,22 +45,22 @@ def largest_growth(comm: Communicator, choices: dict[str, Any], steps: int = 2) 
     runtime.record = False
     for step in range(2):
         runtime.run_step(step)
-    gc.collect()
-    reserved = runtime.arena.reserved_bytes
-    comm.world.barrier()
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    for step in range(steps):
-        runtime.run_step(2 + step)
-    growth = tracemalloc.get_traced_memory()[1] - before
-    tracemalloc.stop()
-    return growth, runtime.arena.reserved_bytes - reserved
+    found = []
+    for step in range(2, 5):
+        gc.collect()
+        reserved = runtime.arena.reserved_bytes
+        comm.world.barrier()
+        tracemalloc.start()
+        runtime.run_step(step)
+        found.append((tracemalloc.get_traced_memory()[1], runtime.arena.reserved_bytes - reserved))
+        tracemalloc.stop()
+    return min(found)
 
 
 def main() -> None:
     """Print the growth of every plan on the rank where it is largest."""
     comm = mpi_communicator()
-    grown = {name: largest_growth(comm, choices) for name, choices in TWO_RANKS.items()}
+    grown = {name: least_growth(comm, choices) for name, choices in TWO_RANKS.items()}
     worst = {name: [max(comm.world.gather_words(value)) for value in values] for name, values in grown.items()}
     if comm.rank == 0:
         print(json.dumps(worst))

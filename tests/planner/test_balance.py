@@ -91,3 +91,12 @@ def test_the_gain_is_real(launch_slow_rank, axis):
     print(axis, found)
     assert found["predicted_gain"] > 1.3
     assert found["measured_gain"] > 1.15
+
+
+def test_a_slow_rank_is_the_busiest_in_the_prediction():
+    slow = msgspec.structs.replace(TWO, relative_speeds=(1.0, 0.5))
+    even = suggest(MODEL, 2, TWO, global_batch_size=12, fixed={"dp": 2}, top=1).plans[0].plan
+    fast, late = predict(even, slow).rank_seconds
+    assert late > 1.8 * fast
+    first, second = predict(even, TWO).rank_seconds
+    assert first == pytest.approx(second)
