@@ -15,7 +15,15 @@ import tempfile
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
+REPOSITORY = README.parent
 BLOCK = re.compile(r"<!-- output: (?P<command>[^\n]*) -->\n```text\n.*?```", re.DOTALL)
+
+
+def expanded(word: str) -> list[str]:
+    """A word of a command line; the repository's own files are found from any folder."""
+    if not word.startswith("tests/"):
+        return [word]
+    return sorted(str(path) for path in REPOSITORY.glob(word))
 
 
 def output_of(command: str, folder: str) -> str:
@@ -24,7 +32,7 @@ def output_of(command: str, folder: str) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
     talk = subprocess.STDOUT if command.startswith("mpirun") else None
     done = subprocess.run(
-        shlex.split(command),
+        [word for words in shlex.split(command) for word in expanded(words)],
         cwd=folder,
         env={**environment, "PATH": path, "COLUMNS": "120"},
         stdout=subprocess.PIPE,
