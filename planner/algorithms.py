@@ -28,12 +28,18 @@ def fix_collectives(plan: Plan, machine: Machine) -> Plan:
         return plan
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     pricer, shared = Pricer(plan, machine), Shared()
+    seconds: dict[tuple[object, ...], dict[str, float]] = {}
     for at in (at for at in plan.mesh.coordinates() if at.dp == at.cp == at.tp == 0):
         for task, count in _collectives(lower(plan, plan.mesh.rank(at), shared=shared)):
-            operation, place = COLLECTIVES[task.kind], pricer.place(task, at)
-            for algorithm in measured_algorithms(machine, operation, place):
-                seconds = group_seconds(machine, task, place, algorithm=algorithm)
-                totals[f"{task.axis}.{operation}"][algorithm] += count * float(seconds)
+            operation = COLLECTIVES[task.kind]
+            host = at.pp if pricer.ranks_per_host < plan.mesh.world_size else 0
+            known = seconds.setdefault((task.kind, task.axis, task.work, host), {})
+            if not known:  # layers repeat, so does what they send
+                place = pricer.place(task, at)
+                for algorithm in measured_algorithms(machine, operation, place):
+                    known[algorithm] = float(group_seconds(machine, task, place, algorithm=algorithm))
+            for algorithm, each in known.items():
+                totals[f"{task.axis}.{operation}"][algorithm] += count * each
     fixed = {name: min(found, key=lambda each: found[each]) for name, found in totals.items() if found}
     chosen = {name: algorithm for name, algorithm in fixed.items() if algorithm != DEFAULT}
     return msgspec.structs.replace(plan, collectives=plan.collectives | chosen)

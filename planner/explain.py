@@ -6,16 +6,19 @@ Each change asks the whole question again, so that what is told is the best plan
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from planner.assign import Assignment, best_signatures
 from planner.errors import MeshwrightError
 from planner.machine import Link, Machine
 from planner.plan import Plan
 from planner.predict import predict
 from planner.request import SearchRequest
 from planner.search import Ranked, Suggestion
+
+if TYPE_CHECKING:
+    from planner.assign import Assignment
 
 FACTORS = (0.5, 2.0)
 
@@ -128,6 +131,8 @@ def faster_link(machine: Machine, name: str, factor: float) -> Machine:
 
 def cheapest_signatures(found: Suggestion, machine: Machine) -> Assignment | None:
     """Return the optimal signatures of the best plan's operators on the tensor axis; None without such an axis."""
+    from planner.assign import best_signatures  # noqa: PLC0415 - scipy takes a third of a second to load
+
     plan = found.plans[0].plan
     if found.assignment is not None:
         return found.assignment

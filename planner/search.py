@@ -37,10 +37,10 @@ from planner.trace import Prediction
 if TYPE_CHECKING:
     from planner.assign import Assignment
 
-REPLAY_SPANS = 20_000
+REPLAY_SPANS = 12_000
 """Spans to replay, under a second's work; a count and not a time, so that the answer does not depend on the load."""
 
-LARGE_MESH_SPANS = 10_000  # what laying out a mesh beyond `WHOLE_MESH_RANKS` costs, in spans
+LARGE_MESH_SPANS = 13_000  # what laying out a mesh beyond `WHOLE_MESH_RANKS` costs, in spans
 ALWAYS_REPLAYED = 2
 SPARE_REPLAYS = 6  # beyond the plans asked for: an estimate may put the best a few places down
 BEST_KEPT = 256

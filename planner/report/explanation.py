@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner.assign import Assignment
 from planner.compare import key_seconds
 from planner.explain import Variation
 from planner.report.suggestion import bounds, choices_text, gain_sentence, mesh_text
@@ -18,6 +17,9 @@ from planner.report.tables import new_table
 from planner.report.units import bytes_text, percent_text, rate_text, seconds_text
 from planner.search import Ranked, Suggestion
 from planner.trace import Prediction
+
+if TYPE_CHECKING:
+    from planner.assign import Assignment
 
 _NAMES = {"network": "network bandwidth", "memory": "memory limit", "batch": "global batch"}
 _SAME = 5e-4  # changes below this share are none
