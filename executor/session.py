@@ -9,16 +9,20 @@ from pathlib import Path
 from time import sleep
 from typing import Any, Literal, Protocol
 
+import msgspec
 import numpy as np
 import threadpoolctl
 
 from executor import kernels
 from executor.comm import Communicator, hash_replicated, ranks_by_host
+from executor.comm.fabric import Fabric
+from executor.comm.loopback import LoopbackTransport
 from executor.data import Batches
 from executor.measure import Recorder, gemm_flops_per_second
 from executor.runtime import Runtime, StepResult
 from planner.errors import DataError, PlanError
-from planner.plan import Plan
+from planner.mesh import Mesh
+from planner.plan import Plan, make_plan
 from planner.trace import Measurement
 
 Device = Literal["cpu", "cuda"]
@@ -89,6 +93,26 @@ def set_threads(plan: Plan) -> None:
     threadpoolctl.threadpool_limits(plan.training.threads_per_rank)
 
 
+def load_kernels(plan: Plan, dtype: np.dtype[Any]) -> None:
+    """Load every compiled kernel that the plan will call, by one step of its smallest relative on one rank.
+
+    What code and libraries take is then in the process before its memory is watched: the growth of its high-water mark
+    is what the plan's own buffers take.
+    """
+    width = plan.model.head_dim
+    model = msgspec.structs.replace(
+        plan.model, layers=1, heads=1, kv_heads=1, hidden=width, ffn_hidden=width, seq_len=min(plan.model.seq_len, 8),
+        vocab=min(plan.model.vocab, 8),
+    )  # fmt: skip
+    attention: Literal["plain", "blocked"] = "blocked" if plan.cp_kind == "ring" else plan.attention
+    small = make_plan(
+        model, Mesh(), global_batch_size=1, micro_batch_size=1, attention=attention, training=plan.training,
+        forward_only=plan.forward_only,
+    )  # fmt: skip
+    alone = Communicator(LoopbackTransport(Fabric(1), 0))
+    Runtime(small, alone, Batches("synthetic", model, 1, plan.training.seed), dtype).run_step(0)
+
+
 def run(plan: Plan, comm: Communicator, options: RunOptions, progress: Progress | None) -> Measurement | None:
     """Train (or evaluate) and measure; collective, the measurement is rank 0's.
 
@@ -100,6 +124,7 @@ def run(plan: Plan, comm: Communicator, options: RunOptions, progress: Progress 
     set_threads(plan)
     dtype = np.dtype(plan.training.precision)
     batches = Batches(options.data, plan.model, plan.global_batch_size, plan.training.seed)
+    load_kernels(plan, dtype)
     recorder = Recorder(plan, comm)
     runtime = Runtime(plan, comm, batches, dtype)
     peak = _peak_of_one_rank(comm, dtype)
