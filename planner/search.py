@@ -260,6 +260,34 @@ class _Search:
             row, column = divmod(place, len(group.updates))
             yield group, row, group.updates[column]
 
+    def replay(self, top: int) -> tuple[list[Ranked], int]:
+        """Replay the best estimates until enough fit: the plans that do, and how many were replayed."""
+        ranked: list[Ranked] = []
+        replayed = effort = 0
+        too_large: dict[tuple[object, ...], float] = {}  # least estimate in a family that a replay found not to fit
+        for group, row, update in self.best():
+            enough = effort > REPLAY_SPANS and len(ranked) >= ALWAYS_REPLAYED
+            if replayed >= top + SPARE_REPLAYS or enough:
+                break
+            family, needed = group.family(row), float(group.peak_bytes[row, group.updates.index(update)])
+            if needed >= too_large.get(family, np.inf):
+                self.rejected[self.memory_reason()] += 1
+                continue
+            replayed += 1
+            try:
+                plan = self.plan(group, row, update)
+                prediction = predict(plan, self.machine)
+            except MeshwrightError as error:
+                self.rejected[str(error)] += 1
+                continue
+            effort += len(prediction.trace) + (LARGE_MESH_SPANS if self.workers > WHOLE_MESH_RANKS else 0)
+            if _needed_bytes(self.machine, plan, prediction) > self.limit_bytes:
+                self.rejected[self.memory_reason()] += 1
+                too_large[family] = min(needed, too_large.get(family, np.inf))
+                continue
+            ranked.append(Ranked(plan, prediction))
+        return ranked, replayed
+
     def memory_reason(self) -> str:
         """The reason under which candidates are counted that do not fit."""
         return f"more memory than the {self.limit_bytes / 2**30:.1f} GiB of a rank"
@@ -356,30 +384,7 @@ def suggest(
         forward_only,
     )  # fmt: skip
     search.estimate_all()
-    ranked: list[Ranked] = []
-    replayed = effort = 0
-    too_large: dict[tuple[object, ...], float] = {}  # least estimate in a family that a replay found not to fit
-    for group, row, update in search.best():
-        enough = effort > REPLAY_SPANS and len(ranked) >= ALWAYS_REPLAYED
-        if replayed >= top + SPARE_REPLAYS or enough:
-            break
-        family, needed = group.family(row), float(group.peak_bytes[row, group.updates.index(update)])
-        if needed >= too_large.get(family, np.inf):
-            search.rejected[search.memory_reason()] += 1
-            continue
-        replayed += 1
-        try:
-            plan = search.plan(group, row, update)
-            prediction = predict(plan, machine)
-        except MeshwrightError as error:
-            search.rejected[str(error)] += 1
-            continue
-        effort += len(prediction.trace) + (LARGE_MESH_SPANS if workers > WHOLE_MESH_RANKS else 0)
-        if _needed_bytes(machine, plan, prediction) > limit:
-            search.rejected[search.memory_reason()] += 1
-            too_large[family] = min(needed, too_large.get(family, np.inf))
-            continue
-        ranked.append(Ranked(plan, prediction))
+    ranked, replayed = search.replay(top)
     ranked = _preferred(ranked, machine)
     assignment = None
     if ranked and ranked[0].plan.mesh.tp > 1:
