@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from planner.compare import Comparison as Comparison
     from planner.compare import compare as compare
     from planner.errors import MeshwrightError as MeshwrightError
-    from planner.huggingface import from_huggingface as from_huggingface
     from planner.machine import Machine as Machine
     from planner.machine import load_machine as load_machine
     from planner.mesh import Mesh as Mesh
     from planner.model import ModelSpec as ModelSpec
     from planner.model import with_sizes as with_sizes
-    from planner.model_presets import preset as preset
+    from planner.model.huggingface import from_huggingface as from_huggingface
+    from planner.model.presets import preset as preset
     from planner.plan import Plan as Plan
     from planner.plan import Training as Training
     from planner.plan import dump_plan as dump_plan
     from planner.plan import load_plan as load_plan
     from planner.plan import make_plan as make_plan
     from planner.predict import predict as predict
-    from planner.search import Suggestion as Suggestion
-    from planner.search import suggest as suggest
+    from planner.search.suggest import Suggestion as Suggestion
+    from planner.search.suggest import suggest as suggest
     from planner.trace import Measurement as Measurement
     from planner.trace import Prediction as Prediction
     from planner.trace import dump_record as dump_record
@@ -46,21 +46,21 @@ _HOME = {
     "Comparison": "compare",
     "compare": "compare",
     "MeshwrightError": "errors",
-    "from_huggingface": "huggingface",
+    "from_huggingface": "model.huggingface",
     "Machine": "machine",
     "load_machine": "machine",
     "Mesh": "mesh",
     "ModelSpec": "model",
     "with_sizes": "model",
-    "preset": "model_presets",
+    "preset": "model.presets",
     "Plan": "plan",
     "Training": "plan",
     "dump_plan": "plan",
     "load_plan": "plan",
     "make_plan": "plan",
     "predict": "predict",
-    "Suggestion": "search",
-    "suggest": "search",
+    "Suggestion": "search.suggest",
+    "suggest": "search.suggest",
     "Measurement": "trace",
     "Prediction": "trace",
     "dump_record": "trace",

@@ -3,7 +3,7 @@
 The algebra of `planner.layout` knows layouts; here it meets the tensors that a model really has. A split must be of a
 dimension that the shard map splits, packed columns ([Q | K | V], [gate | up]) have no contiguous parts to gather or
 scatter, a slice must be a view, and key-value heads that several ranks share cannot be counted once. Plans are checked
-against these rules whenever they are made or loaded, and `planner.assign` chooses within them.
+against these rules whenever they are made or loaded, and `planner.search.assign` chooses within them.
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ import msgspec
 import numpy as np
 
 from planner.compare import OVERHEAD, compare, decompose
+from planner.cost.figures import Figure, attach_provenance, figure_of, figure_text, scaled, value_of
+from planner.cost.price import FREE, MESSAGES, SCALARS, Pricer
 from planner.errors import MachineError
-from planner.figures import Figure, attach_provenance, figure_of, figure_text, scaled, value_of
 from planner.machine import Machine
 from planner.plan import Plan
 from planner.predict import predict
-from planner.price import FREE, MESSAGES, SCALARS, Pricer
 from planner.program import Task, lower
 from planner.trace import Measurement
 

@@ -264,7 +264,7 @@ TENSOR_SIGNATURES = {
 def standard_layouts(
     model_operators: Iterable[Operator], *, sequence_parallel: bool, cp_kind: ContextKind
 ) -> dict[str, dict[str, str]]:
-    """The field's usual signature of each operator on each axis; `planner.search` may find others."""
+    """The field's usual signature of each operator on each axis; `planner.search.suggest` may find others."""
     layouts: dict[str, dict[str, str]] = {}
     for operator in model_operators:
         context = ATTENTION_ON_CP[cp_kind] if operator.kind == "attention" else "seq"

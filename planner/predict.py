@@ -11,15 +11,15 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import product
 
-from planner.coarse import coarse_replay
-from planner.cost import slowest_host_factor
+from planner.cost.coarse import coarse_replay
+from planner.cost.compute import slowest_host_factor
+from planner.cost.memory import Peak, peak_memory
+from planner.cost.price import COLLECTIVES, Pricer
 from planner.errors import PlanError
 from planner.machine import Machine
-from planner.memory import Peak, peak_memory
 from planner.mesh import Coordinate, Mesh
 from planner.model import model_flops
 from planner.plan import Plan
-from planner.price import COLLECTIVES, Pricer
 from planner.program import Program, Shared, Step, Task, lower
 from planner.simulate import Replay, TaskTable, replay
 from planner.trace import (

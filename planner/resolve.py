@@ -12,13 +12,14 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from planner.algorithms import fix_collectives
+from planner.cost.algorithms import fix_collectives
+from planner.cost.price import Pricer
 from planner.errors import DataError, ModelError, PlanError, ScheduleError
-from planner.huggingface import from_huggingface
 from planner.machine import GENERIC_PROFILE, Machine, load_machine, machine_names, user_profile_path
 from planner.mesh import Coordinate, Mesh
 from planner.model import ModelSpec, with_sizes
-from planner.model_presets import preset
+from planner.model.huggingface import from_huggingface
+from planner.model.presets import preset
 from planner.options import (
     PRECISIONS,
     BatchOptions,
@@ -30,7 +31,6 @@ from planner.options import (
     parse_counts,
 )
 from planner.plan import Plan, ScheduleRecipe, Training, make_plan
-from planner.price import Pricer
 from planner.program.rank import lower_stage
 from planner.schedule import DURATION_DEPENDENT, NAMES, Durations, from_csv, generate, model_chunks, to_csv
 

@@ -42,7 +42,7 @@ from planner import (
     suggest,
     with_sizes,
 )
-from planner.algorithms import fix_collectives
+from planner.cost.algorithms import fix_collectives
 from planner.errors import MeshwrightError
 from planner.launch import find_executor, find_launcher, is_root, launch_command, launch_environment
 from planner.plan import ScheduleRecipe, dump_plan

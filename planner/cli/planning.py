@@ -10,7 +10,6 @@ from rich.console import Group
 from planner.cli.commands import PlanOptions, PredictOptions, SearchOptions, SuggestOptions
 from planner.cli.frame import Answer, say
 from planner.errors import DataError, PlanError
-from planner.explain import cheapest_signatures, variations
 from planner.options import parse_bytes, parse_fixed
 from planner.plan import dump_plan, load_plan
 from planner.predict import predict
@@ -18,7 +17,6 @@ from planner.report.explanation import explanation_document, explanation_view
 from planner.report.plan import algebra_view, plan_document, plan_view
 from planner.report.record import record_document, record_view
 from planner.report.suggestion import suggestion_document, suggestion_view
-from planner.request import SearchRequest
 from planner.resolve import (
     MachineChoice,
     fixed_choices,
@@ -30,7 +28,9 @@ from planner.resolve import (
     training,
     world_size,
 )
-from planner.ties import count_ties
+from planner.search.explain import cheapest_signatures, variations
+from planner.search.request import SearchRequest
+from planner.search.ties import count_ties
 from planner.trace import dump_record
 
 

@@ -6,20 +6,20 @@ from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from planner.classics import EXPERIMENTS, Sizes, experiment
 from planner.cli.commands import SweepOptions
 from planner.cli.frame import Answer, say
 from planner.cli.planning import search_request
 from planner.cli.running import Runner
 from planner.errors import PlanError
-from planner.experiments import conduct
+from planner.experiments.classics import EXPERIMENTS, Sizes, experiment
+from planner.experiments.experiment import conduct
 from planner.options import ModelOptions
 from planner.plan import write_whole
 from planner.report.experiment import experiment_document, experiment_svg, experiment_view
 from planner.report.sweep import sweep_document, sweep_svg, sweep_view
 from planner.resolve import machine_choice, usable_cores
-from planner.sweep import parse_workers
-from planner.sweep import sweep as sweep_workers
+from planner.search.sweep import parse_workers
+from planner.search.sweep import sweep as sweep_workers
 
 SIZES = ("layers", "hidden", "heads", "ffn_hidden", "seq_len", "vocab")
 """Sizes of an experiment's model that options may set."""

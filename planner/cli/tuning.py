@@ -18,8 +18,8 @@ from planner.plan import dump_plan
 from planner.report.calibration import calibration_document, calibration_view
 from planner.report.tuning import tuning_document, tuning_view
 from planner.resolve import machine_choice, usable_cores
+from planner.search.tune import interleave, tune
 from planner.trace import Measurement, dump_record
-from planner.tune import interleave, tune
 
 
 def calibrate_machine(options: CalibrateOptions) -> Answer:

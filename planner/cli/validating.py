@@ -8,10 +8,11 @@ from pathlib import Path
 from planner.cli.commands import FitOptions, ValidateOptions
 from planner.cli.frame import Answer, say
 from planner.errors import DataError, MachineError
-from planner.fit import fit_machine, with_priors
 from planner.machine import base_profile, dump_machine, load_machine, machine_names
 from planner.plan import write_whole
-from planner.published import PublishedRow, read_published
+from planner.published.fit import fit_machine, with_priors
+from planner.published.rows import PublishedRow, read_published
+from planner.published.validate import validate
 from planner.report.validation import (
     fit_document,
     fit_view,
@@ -19,7 +20,6 @@ from planner.report.validation import (
     validation_svg,
     validation_view,
 )
-from planner.validate import validate
 
 
 def validate_files(options: ValidateOptions) -> Answer:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner.experiments import Outcome, joined
+from planner.experiments.experiment import Outcome, joined
 from planner.report.chart import bars
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, flops_text, percent_text, rate_text, seconds_text

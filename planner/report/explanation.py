@@ -11,15 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.compare import key_seconds
-from planner.explain import Variation
 from planner.report.suggestion import bounds, choices_text, gain_sentence, mesh_text
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, percent_text, rate_text, seconds_text
-from planner.search import Ranked, Suggestion
+from planner.search.explain import Variation
+from planner.search.suggest import Ranked, Suggestion
 from planner.trace import Prediction
 
 if TYPE_CHECKING:
-    from planner.assign import Assignment
+    from planner.search.assign import Assignment
 
 _NAMES = {"network": "network bandwidth", "memory": "memory limit", "batch": "global batch"}
 _SAME = 5e-4  # changes below this share are none

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from planner.machine import Machine, load_machine, machine_names
 from planner.model import model_flops, parameters
-from planner.model_presets import PRESETS
+from planner.model.presets import PRESETS
 from planner.report.tables import new_table
 from planner.report.timeline import ScheduleTimeline
 from planner.report.units import bytes_text, count_text, flops_text, percent_text, seconds_text

@@ -14,7 +14,7 @@ from planner.compare import PLACES, breakdown
 from planner.plan import Plan, standard_layouts
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, count_text, percent_text, rate_text, seconds_text
-from planner.search import Ranked, Suggestion
+from planner.search.suggest import Ranked, Suggestion
 from planner.trace import Prediction
 
 _PLACE_NAMES = {

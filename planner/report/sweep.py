@@ -26,7 +26,7 @@ from planner.report.chart import (
 from planner.report.suggestion import choices_text, mesh_text
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, count_text, percent_text, rate_text, seconds_text
-from planner.sweep import Point, Sweep
+from planner.search.sweep import Point, Sweep
 
 BAR = 24
 """Columns of the efficiency bars in the terminal."""

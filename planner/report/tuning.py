@@ -13,8 +13,8 @@ from rich.text import Text
 from planner.report.suggestion import choices_text, mesh_text, num_micro_batches
 from planner.report.tables import new_table
 from planner.report.units import percent_text, seconds_text
-from planner.search import Ranked
-from planner.tune import Tuned, Tuning
+from planner.search.suggest import Ranked
+from planner.search.tune import Tuned, Tuning
 
 
 def tuning_document(found: Tuning, plans: Sequence[Ranked]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import msgspec
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from planner.fit import Fit
+from planner.published.fit import Fit
+from planner.published.validate import RowScore, Validation
 from planner.report.tables import new_table
-from planner.validate import RowScore, Validation
 
 SIZE, LEFT, TOP, RIGHT = 560, 64, 24, 300
 RADIUS = 2.6

@@ -29,12 +29,13 @@ from executor.calibrate.survey import PROBES, QUICK_PROBES
 from executor.comm import ALGORITHMS, Communicator
 from executor.comm.loopback import run_loopback
 from planner import Mesh, load_machine, make_plan, predict, with_sizes
-from planner.cost import gemm_seconds, regimes_seconds
+from planner.cost.compute import gemm_seconds
+from planner.cost.measured import measured_seconds
+from planner.cost.price import Place, group_seconds
+from planner.cost.sizes import regimes_seconds
 from planner.launch import find_executor, find_launcher, is_root, launch_command, launch_environment
 from planner.machine import AttentionFigures, dump_machine
 from planner.machine.measured import attention_terms
-from planner.measured_cost import measured_seconds
-from planner.price import Place, group_seconds
 from planner.program import Task, Work, lower
 
 TINY = Probe(32, 16, 2, layers=1, head_dim=16)

@@ -9,7 +9,7 @@ from equivalence_plans import describe, model, plan, plans, run_check, train
 from hypothesis import HealthCheck, assume, given, note, settings
 
 from executor import kernels
-from planner.memory import peak_memory
+from planner.cost.memory import peak_memory
 from planner.plan import ScheduleRecipe
 
 

@@ -20,7 +20,7 @@ from planner.mesh import Mesh
 from planner.model import with_sizes
 from planner.plan import Training, make_plan
 from planner.predict import predict
-from planner.search import suggest
+from planner.search.suggest import suggest
 
 SLOWDOWN = 3.0
 STEPS, WARMUP = 6, 1

@@ -11,11 +11,11 @@ from small_plans import BERT, GPT, LLAMA, plan
 from executor.check import check
 from executor.comm.loopback import run_loopback
 from planner.admissible import weight_layouts
-from planner.assign import _Problem, best_signatures
 from planner.errors import PlanError
 from planner.machine import load_machine
 from planner.model import with_sizes
-from planner.model_presets import preset
+from planner.model.presets import preset
+from planner.search.assign import _Problem, best_signatures
 
 CPU, A100 = load_machine("cpu-generic"), load_machine("a100-80gb")
 MEGATRON = {

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.balance import balance, position_speeds, replica_speeds, split_batch, stage_speeds
 from planner.machine import load_machine
 from planner.mesh import Mesh
 from planner.model import with_sizes
 from planner.predict import predict
-from planner.search import suggest
+from planner.search.balance import balance, position_speeds, replica_speeds, split_batch, stage_speeds
+from planner.search.suggest import suggest
 
 MACHINE = load_machine("cpu-generic")
 TWO = msgspec.structs.replace(MACHINE, host=msgspec.structs.replace(MACHINE.host, cores=2, devices=2))

@@ -12,8 +12,8 @@ from small_plans import plan
 
 from planner.calibrate import calibrate, weighted_median
 from planner.cli import frame
+from planner.cost.figures import Figure, figure_text, scaled
 from planner.errors import MachineError
-from planner.figures import Figure, figure_text, scaled
 from planner.machine import GemmSample, MeasuredCollective, MeasuredRegime, load_machine
 from planner.model import with_sizes
 from planner.predict import predict

@@ -6,16 +6,16 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from planner.candidates import Candidates, Question, Update, estimate
-from planner.coarse import coarse_replay
-from planner.estimate import ArraySizes, StructureCosts
-from planner.footprint import device_bytes
+from planner.cost.coarse import coarse_replay
+from planner.cost.footprint import device_bytes
 from planner.machine import load_machine
 from planner.model import with_sizes
-from planner.model_presets import preset
+from planner.model.presets import preset
 from planner.plan import Training
 from planner.predict import predict, whole_step_seconds
-from planner.search import _Search, default_memory_limit, suggest
+from planner.search.candidates import Candidates, Question, Update, estimate
+from planner.search.estimate import ArraySizes, StructureCosts
+from planner.search.suggest import _Search, default_memory_limit, suggest
 
 
 def searched(model, workers, machine, batch, precision="bfloat16", limit=None, **fixed):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from test_search import A100, CPU, searched
 
-from planner.estimate import ArraySizes, Structure, StructureCosts
 from planner.model import with_sizes
 from planner.plan import Training
 from planner.predict import predict
+from planner.search.estimate import ArraySizes, Structure, StructureCosts
 
 MODEL = with_sizes(layers=12)
 

@@ -6,13 +6,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from planner.bulk import Bulk
 from planner.cli.frame import run
+from planner.cost.bulk import Bulk
+from planner.cost.skeleton import Skeleton, unit_seconds
 from planner.errors import DataError
-from planner.fit import FIGURES, Problem, fit_machine, fittable, operating_point, with_priors
 from planner.machine import base_profile, dump_machine, load_machine, machine_names
-from planner.published import read_published
-from planner.skeleton import Skeleton, unit_seconds
+from planner.published.fit import FIGURES, Problem, fit_machine, fittable, operating_point, with_priors
+from planner.published.rows import read_published
 
 DATA = Path(__file__).parents[1] / "data" / "validation"
 FITTED = ("selene-a100-80gb", "vtrain-a100-80gb", "jean-zay-a100-80gb", "zero-bubble-a100-80gb", "eos-h100-80gb",

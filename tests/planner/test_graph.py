@@ -9,7 +9,7 @@ from small_plans import BERT, LLAMA, MODELS
 from planner.graph import build_graph, operators, split_unit
 from planner.layout import Shard, signatures
 from planner.model import forward_flops, parameters
-from planner.model_presets import PRESETS, preset
+from planner.model.presets import PRESETS, preset
 from planner.placement import fixed_size
 
 PRESET_NAMES = sorted(PRESETS)

@@ -11,7 +11,7 @@ from small_plans import plan
 
 from planner.cli import frame
 from planner.compare import compare
-from planner.figures import Figure, scaled
+from planner.cost.figures import Figure, scaled
 from planner.machine import load_machine
 from planner.model import with_sizes
 from planner.predict import predict

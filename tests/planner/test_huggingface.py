@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from planner.errors import ModelError
-from planner.huggingface import from_huggingface
 from planner.model import parameters
-from planner.model_presets import preset
+from planner.model.huggingface import from_huggingface
+from planner.model.presets import preset
 
 BERT = {
     "architectures": ["BertForMaskedLM"],

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from planner import Machine, Mesh, load_machine, make_plan, predict, with_sizes
-from planner.algorithms import fix_collectives, measured_algorithms
-from planner.cost import collective_seconds, gemm_seconds
+from planner.cost.algorithms import fix_collectives, measured_algorithms
+from planner.cost.communication import collective_seconds
+from planner.cost.compute import gemm_seconds
+from planner.cost.measured import concurrent_factor, gemm_error, measured_seconds
+from planner.cost.price import Pricer, compute_seconds
 from planner.machine import (
     AttentionFigures,
     GemmForm,
@@ -18,9 +21,7 @@ from planner.machine import (
     MeasuredRegime,
     dump_machine,
 )
-from planner.measured_cost import concurrent_factor, gemm_error, measured_seconds
 from planner.mesh import Coordinate
-from planner.price import Pricer, compute_seconds
 from planner.program import Task, Work, lower
 
 GENERIC = load_machine("cpu-generic")

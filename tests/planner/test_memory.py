@@ -9,12 +9,12 @@ from small_plans import BERT, CHUNKED, GPT, LLAMA, UNCHUNKED, plan, plans
 from executor.comm.loopback import run_loopback
 from executor.data import Batches
 from executor.runtime import Runtime
+from planner.cost.memory import peak_memory, pipeline_peaks, state_parts
+from planner.cost.skeleton import Skeleton
 from planner.machine import load_machine
-from planner.memory import peak_memory, pipeline_peaks, state_parts
 from planner.mesh import Coordinate
 from planner.model import parameters
 from planner.program import lower
-from planner.skeleton import Skeleton
 
 
 def counted(candidate, steps=2):

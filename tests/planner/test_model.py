@@ -24,7 +24,7 @@ from planner.model import (
     useful_flops,
     with_sizes,
 )
-from planner.model_presets import PRESETS, preset
+from planner.model.presets import PRESETS, preset
 
 # As transformers reports them: masked-LM or causal-LM head, no pooler, tied tensors once.
 PUBLISHED_PARAMETERS = {

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from small_plans import BERT, CHUNKED, LLAMA, UNCHUNKED, plan, plans, programs, tasks_of
 
+from planner.cost.price import COLLECTIVES
 from planner.graph import build_graph, operators
 from planner.mesh import Coordinate
-from planner.price import COLLECTIVES
 from planner.program import lower
 from planner.program.rank import lower_stage
 from planner.program.stage import EXTERNAL

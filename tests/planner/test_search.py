@@ -12,7 +12,7 @@ from planner.machine import load_machine
 from planner.model import with_sizes
 from planner.plan import Training
 from planner.predict import predict
-from planner.search import _Search, balance, suggest
+from planner.search.suggest import _Search, balance, suggest
 
 CPU, A100 = load_machine("cpu-generic"), load_machine("a100-80gb")
 

@@ -10,17 +10,17 @@ import pytest
 from records import measurement_of
 from small_plans import plan
 
-from planner.classics import EXPERIMENTS, PUBLISHED_PIPELINE, Sizes, experiment
 from planner.cli import frame
 from planner.compare import decompose
 from planner.errors import PlanError
-from planner.experiments import block_of, block_seconds, conduct, joined, phase_shares, with_cores
+from planner.experiments.classics import EXPERIMENTS, PUBLISHED_PIPELINE, Sizes, experiment
+from planner.experiments.experiment import block_of, block_seconds, conduct, joined, phase_shares, with_cores
 from planner.machine import load_machine
 from planner.model import with_sizes
 from planner.predict import predict
 from planner.report.chart import bars, log_scale, log_ticks
-from planner.request import SearchRequest
-from planner.sweep import parse_workers, sweep
+from planner.search.request import SearchRequest
+from planner.search.sweep import parse_workers, sweep
 
 MACHINE = load_machine("cpu-generic")
 GPU = load_machine("a100-80gb")

@@ -7,12 +7,12 @@ import pytest
 from small_plans import plan
 
 from planner.cli import frame
-from planner.explain import choices, faster_link, network, variations
 from planner.machine import Residuals, load_machine
 from planner.model import with_sizes
 from planner.predict import predict
-from planner.request import SearchRequest
-from planner.ties import by_preference, count_ties, gap_sigma_seconds, ties
+from planner.search.explain import choices, faster_link, network, variations
+from planner.search.request import SearchRequest
+from planner.search.ties import by_preference, count_ties, gap_sigma_seconds, ties
 
 MACHINE = load_machine("cpu-generic")
 GPU = load_machine("a100-80gb")

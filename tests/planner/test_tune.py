@@ -16,8 +16,8 @@ from small_plans import plan
 from planner.machine import Residuals, load_machine
 from planner.model import with_sizes
 from planner.predict import predict
-from planner.search import Ranked
-from planner.tune import interleave, next_measurement, tune
+from planner.search.suggest import Ranked
+from planner.search.tune import interleave, next_measurement, tune
 
 MACHINE = load_machine("cpu-generic")
 MODEL = with_sizes(layers=2, hidden=64, heads=4, seq_len=32)

@@ -6,13 +6,13 @@ import msgspec
 import pytest
 
 from planner import Mesh, load_machine, make_plan, predict, suggest, with_sizes
-from planner.algorithms import fix_collectives
-from planner.cost import collective_seconds, p2p_seconds
+from planner.cost.algorithms import fix_collectives
+from planner.cost.communication import collective_seconds, p2p_seconds
+from planner.cost.price import COLLECTIVES, Place, Pricer, measured_tables
 from planner.machine import Machine, MeasuredCollective, MeasuredRegime, dump_machine
 from planner.mesh import Coordinate
-from planner.price import COLLECTIVES, Place, Pricer, measured_tables
 from planner.program import lower
-from planner.search import default_memory_limit
+from planner.search.suggest import default_memory_limit
 
 SPEC = with_sizes(None, layers=2, hidden=128, heads=4, seq_len=64)
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from planner.cli.frame import run
-from planner.coarse import CoarseReplay, coarse_replay
+from planner.cost.coarse import CoarseReplay, coarse_replay
+from planner.cost.footprint import device_bytes, footprint_bytes
+from planner.cost.memory import peak_memory, pipeline_peaks
+from planner.cost.skeleton import Skeleton, unit_seconds
 from planner.errors import DataError
-from planner.footprint import device_bytes, footprint_bytes
 from planner.machine import load_machine
-from planner.memory import peak_memory, pipeline_peaks
 from planner.mesh import Coordinate, Mesh
 from planner.plan import ScheduleRecipe, Training, make_plan
 from planner.predict import predict, whole_step_seconds
 from planner.program import lower
-from planner.published import COLUMNS, read_published, stage_layers
+from planner.published.rows import COLUMNS, read_published, stage_layers
+from planner.published.validate import Predictor, validate
 from planner.report.validation import validation_svg
-from planner.skeleton import Skeleton, unit_seconds
-from planner.validate import Predictor, validate
 
 DATA = Path(__file__).parents[1] / "data" / "validation"
 
@@ -91,7 +91,7 @@ def test_peaks_from_short_programs_equal_the_walk_of_the_whole_program(choices):
     ("name", "chunks"), [("1f1b", 1), ("gpipe", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-h2", 1)]
 )
 def test_a_long_step_follows_from_two_short_ones(name, chunks, monkeypatch):
-    monkeypatch.setattr("planner.coarse.PERIODIC_INSTRUCTIONS", 100)
+    monkeypatch.setattr("planner.cost.coarse.PERIODIC_INSTRUCTIONS", 100)
     plan = gpt_plan(
         mesh=Mesh(pp=4, dp=2), global_batch_size=88, zero_stage=1, overlap_gradients=True,
         schedule=ScheduleRecipe(name=name, num_model_chunks=chunks),

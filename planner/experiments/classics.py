@@ -14,9 +14,18 @@ from typing import Any
 
 import msgspec
 
-from planner.cost import collective_seconds, p2p_seconds
+from planner.cost.communication import collective_seconds, p2p_seconds
 from planner.errors import PlanError
-from planner.experiments import PHASES, Case, Experiment, Records, Row, block_seconds, flops_per_second, phase_shares
+from planner.experiments.experiment import (
+    PHASES,
+    Case,
+    Experiment,
+    Records,
+    Row,
+    block_seconds,
+    flops_per_second,
+    phase_shares,
+)
 from planner.machine import Machine
 from planner.mesh import Mesh
 from planner.model import ModelSpec, parameters, with_sizes

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from planner.errors import ModelError
-from planner.huggingface_config import ConfigFile
-from planner.model_presets import preset
+from planner.model.huggingface_config import ConfigFile
+from planner.model.presets import preset
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,8 +21,8 @@ from scipy.stats import spearmanr
 from planner.machine import Residuals
 from planner.plan import Plan
 from planner.predict import NORMAL_80
-from planner.search import Ranked
-from planner.ties import RUN_LOG_SIGMA
+from planner.search.suggest import Ranked
+from planner.search.ties import RUN_LOG_SIGMA
 from planner.trace import Measurement
 
 Run = Callable[[int, Plan, int], Measurement]

@@ -14,11 +14,11 @@ from planner.errors import MeshwrightError
 from planner.machine import Link, Machine
 from planner.plan import Plan
 from planner.predict import predict
-from planner.request import SearchRequest
-from planner.search import Ranked, Suggestion
+from planner.search.request import SearchRequest
+from planner.search.suggest import Ranked, Suggestion
 
 if TYPE_CHECKING:
-    from planner.assign import Assignment
+    from planner.search.assign import Assignment
 
 FACTORS = (0.5, 2.0)
 
@@ -131,7 +131,7 @@ def faster_link(machine: Machine, name: str, factor: float) -> Machine:
 
 def cheapest_signatures(found: Suggestion, machine: Machine) -> Assignment | None:
     """Return the optimal signatures of the best plan's operators on the tensor axis; None without such an axis."""
-    from planner.assign import best_signatures  # noqa: PLC0415 - scipy takes a third of a second to load
+    from planner.search.assign import best_signatures  # noqa: PLC0415 - scipy takes a third of a second to load
 
     plan = found.plans[0].plan
     if found.assignment is not None:

@@ -1,4 +1,4 @@
-"""Step seconds and memory of whole arrays of candidates, in closed form, from the block costs of `planner.estimate`.
+"""Step seconds and memory of whole arrays of candidates, in closed form, from the block costs of `estimate`.
 
 The pipeline is a closed form (Narayanan et al. 2021, section 2.2; Qi et al. 2024, arXiv:2401.10241, table 1), so an
 estimate orders candidates and the replay decides among the best. Rows are placements (mesh, micro-batch, chunks);
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost import oversubscription_factor, slowest_host_factor
-from planner.estimate import BlockCost, Structure
-from planner.footprint import footprint_bytes
+from planner.cost.compute import oversubscription_factor, slowest_host_factor
+from planner.cost.footprint import footprint_bytes
+from planner.cost.memory import MIXED_PRECISIONS
+from planner.cost.price import Place, compute_seconds, group_seconds, message_seconds
 from planner.machine import Machine
-from planner.memory import MIXED_PRECISIONS
-from planner.price import Place, compute_seconds, group_seconds, message_seconds
 from planner.program.rank import ITEM_BYTES
 from planner.program.tasks import Task, Work
+from planner.search.estimate import BlockCost, Structure
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.cost.price import FREE, Pricer
 from planner.machine import Machine
 from planner.mesh import Coordinate
 from planner.plan import Plan
-from planner.price import FREE, Pricer
 from planner.program import Program, Step, Task, lower
 from planner.program.rank import make_schedule
 from planner.schedule import Instruction, Schedule

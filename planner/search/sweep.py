@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import msgspec
 
 from planner.errors import MeshwrightError, PlanError
-from planner.request import SearchRequest
-from planner.search import Ranked
+from planner.search.request import SearchRequest
+from planner.search.suggest import Ranked
 
 SECONDS_PER_HOUR, HOURS_PER_DAY = 3600.0, 24.0
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from planner.cost import Size
+from planner.cost.sizes import Size
 from planner.machine import Machine
 from planner.plan import Plan
 

@@ -13,7 +13,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from planner.cost import ELEMENT_BYTES, Seconds, Size, gemm_seconds, regimes_seconds
+from planner.cost.compute import gemm_seconds
+from planner.cost.sizes import ELEMENT_BYTES, Seconds, Size, regimes_seconds
 from planner.machine import AttentionFigures, GemmForm, GemmSample, Machine
 from planner.machine.measured import attention_terms
 from planner.program.tasks import Work

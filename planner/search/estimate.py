@@ -2,7 +2,7 @@
 
 One layer, the embedding and the head are laid out once per *structure* (which axes exist, sequence parallel, kind of
 context parallelism, recomputation) with sizes that are arrays over candidates; their tasks are the nodes that
-`planner.predict` replays, priced by the same functions. `planner.candidates` joins them to whole steps.
+`planner.predict` replays, priced by the same functions. `planner.search.candidates` joins them to whole steps.
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.admissible import ContextKind, distinct_operators
-from planner.cost import oversubscription_factor, p2p_seconds
-from planner.graph import Operator, split_unit
-from planner.machine import Machine
-from planner.memory import MIXED_PRECISIONS
-from planner.model import ModelSpec
-from planner.placement import Count, fixed_size
-from planner.plan import Recompute, Training, standard_layouts
-from planner.price import (
+from planner.cost.communication import p2p_seconds
+from planner.cost.compute import oversubscription_factor
+from planner.cost.memory import MIXED_PRECISIONS
+from planner.cost.price import (
     COLLECTIVES,
     FREE,
     MESSAGES,
@@ -35,6 +31,11 @@ from planner.price import (
     stretch_seconds,
     task_precision,
 )
+from planner.graph import Operator, split_unit
+from planner.machine import Machine
+from planner.model import ModelSpec
+from planner.placement import Count, fixed_size
+from planner.plan import Recompute, Training, standard_layouts
 from planner.program.backward import StageBackward
 from planner.program.liveness import needed
 from planner.program.rank import ITEM_BYTES, blocks
@@ -248,7 +249,7 @@ class StructureCosts:
         return highest
 
     def _saved(self, forward: StageForward, root: str) -> Any:
-        """Bytes of a saved buffer as the machine's framework keeps it; compare `planner.memory`."""
+        """Bytes of a saved buffer as the machine's framework keeps it; compare `planner.cost.memory`."""
         framework, nbytes = self.machine.framework, forward.bytes_of(root)
         if self.structure.training.precision not in MIXED_PRECISIONS or framework.parameter_bytes is None:
             return nbytes

@@ -15,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from planner.machine import Machine
-from planner.memory import MIXED_PRECISIONS
-from planner.mesh import Coordinate
-from planner.price import (
+from planner.cost.memory import MIXED_PRECISIONS
+from planner.cost.price import (
     COLLECTIVES,
     FREE,
     MESSAGES,
@@ -33,8 +31,10 @@ from planner.price import (
     stretch_seconds,
     task_precision,
 )
+from planner.cost.skeleton import COMPUTE_OPS, Skeleton
+from planner.machine import Machine
+from planner.mesh import Coordinate
 from planner.program import Task, Work
-from planner.skeleton import COMPUTE_OPS, Skeleton
 
 Floats = NDArray[np.float64]
 Sparse = Any  # scipy's sparse matrices have no useful static type

@@ -6,9 +6,9 @@ from collections import defaultdict
 
 import msgspec
 
+from planner.cost.price import COLLECTIVES, SCALARS, Place, Pricer, group_seconds, measured_tables
 from planner.machine import Machine
 from planner.plan import Plan
-from planner.price import COLLECTIVES, SCALARS, Place, Pricer, group_seconds, measured_tables
 from planner.program import Program, Shared, Task, lower
 
 DEFAULT = "native"

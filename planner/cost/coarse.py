@@ -13,12 +13,12 @@ from typing import Literal
 
 import msgspec
 
+from planner.cost.memory import Peak, pipeline_peaks
+from planner.cost.price import Pricer
+from planner.cost.skeleton import COMPUTE_OPS, Skeleton, unit_seconds
 from planner.machine import Machine
-from planner.memory import Peak, pipeline_peaks
 from planner.mesh import Coordinate
 from planner.plan import Plan
-from planner.price import Pricer
-from planner.skeleton import COMPUTE_OPS, Skeleton, unit_seconds
 from planner.trace import PARTS, Figures, OperatorTime, Span, figures
 
 

@@ -10,22 +10,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.cost import (
-    Flag,
-    Seconds,
-    Size,
-    collective_seconds,
+from planner.cost.communication import collective_seconds, p2p_seconds
+from planner.cost.compute import (
     dispatched_seconds,
     exposed_seconds,
     fused_attention_seconds,
     gemm_seconds,
     kernel_seconds,
     oversubscription_factor,
-    p2p_seconds,
 )
+from planner.cost.measured import measured_seconds
+from planner.cost.memory import MIXED_PRECISIONS
+from planner.cost.sizes import Flag, Seconds, Size
 from planner.machine import Collective, Machine, MeasuredCollective
-from planner.measured_cost import measured_seconds
-from planner.memory import MIXED_PRECISIONS
 from planner.mesh import Coordinate
 from planner.plan import Plan
 from planner.program.tasks import Task, Work

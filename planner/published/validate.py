@@ -12,14 +12,14 @@ import msgspec
 import numpy as np
 from scipy.stats import spearmanr
 
-from planner.coarse import coarse_replay
+from planner.cost.coarse import coarse_replay
+from planner.cost.footprint import footprint_bytes, process_groups, split_parts
 from planner.errors import DataError, MeshwrightError
-from planner.footprint import footprint_bytes, process_groups, split_parts
 from planner.machine import Machine, load_machine
 from planner.model import forward_flops
 from planner.plan import Plan
 from planner.predict import NORMAL_80, whole_step_seconds
-from planner.published import PublishedRow, SkippedRow, read_published
+from planner.published.rows import PublishedRow, SkippedRow, read_published
 
 GIB = 2.0**30
 
@@ -155,7 +155,7 @@ def validate(paths: Sequence[Path], machine: str | None = None) -> Validation:
     """Predict the rows of CSV files and score them.
 
     Args:
-        paths: files in the schema of `planner.published.COLUMNS`; others are left out with a note.
+        paths: files in the schema of `planner.published.rows.COLUMNS`; others are left out with a note.
         machine: profile for all rows; None for the one that each row names.
 
     Raises:

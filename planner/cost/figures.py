@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from planner.cost import gemm_seconds
+from planner.cost.compute import gemm_seconds
+from planner.cost.measured import STEP_OF, gemm_error
+from planner.cost.price import COLLECTIVES, Pricer, task_precision
 from planner.machine import (
     AttentionFigures,
     GemmCurve,
@@ -21,9 +23,7 @@ from planner.machine import (
     Machine,
     MeasuredRegime,
 )
-from planner.measured_cost import STEP_OF, gemm_error
 from planner.mesh import Coordinate
-from planner.price import COLLECTIVES, Pricer, task_precision
 from planner.program import Task
 
 MOST_FRACTION = 1.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.errors import ModelError
-from planner.model import Activation
+from planner.model.spec import Activation
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",

@@ -9,7 +9,7 @@ from typing import Any
 from planner.machine import Machine
 from planner.model import ModelSpec
 from planner.plan import Training
-from planner.search import Suggestion, default_memory_limit, suggest
+from planner.search.suggest import Suggestion, default_memory_limit, suggest
 
 
 @dataclass(frozen=True, kw_only=True)

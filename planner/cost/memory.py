@@ -22,7 +22,7 @@ from planner.program.update import state_bytes, tied
 from planner.trace import PARTS
 
 if TYPE_CHECKING:
-    from planner.skeleton import Skeleton
+    from planner.cost.skeleton import Skeleton
 
 MIXED_PRECISIONS = ("float16", "bfloat16", "fp8")
 

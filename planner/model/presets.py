@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from planner.errors import ModelError
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -27,17 +27,17 @@ from typing import Any
 
 import msgspec
 
+from planner.cost.price import Pricer
+from planner.cost.skeleton import Skeleton, unit_seconds
 from planner.errors import DataError, MeshwrightError
 from planner.machine import load_machine, machine_names
 from planner.mesh import Mesh
 from planner.model import ModelSpec
 from planner.plan import Plan, ScheduleRecipe, Training, make_plan
-from planner.price import Pricer
 from planner.schedule import Durations, generate
 from planner.schedule.grid import to_csv
 from planner.schedule.registry import DURATION_DEPENDENT, NAMES
 from planner.shard import split_evenly
-from planner.skeleton import Skeleton, unit_seconds
 
 COLUMNS = (
     "source", "row", "machine", "gpus", "model", "layers", "hidden", "ffn_hidden", "gated_ffn", "heads", "kv_heads",

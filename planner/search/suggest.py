@@ -19,23 +19,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.admissible import ContextKind
-from planner.algorithms import fix_collectives
-from planner.balance import balance, replica_speeds, split_batch, stage_speeds
-from planner.candidates import UPDATES, Candidates, Question, Update, estimate
+from planner.cost.algorithms import fix_collectives
+from planner.cost.footprint import device_bytes
 from planner.errors import MeshwrightError, PlanError
-from planner.estimate import ArraySizes, BlockCost, Structure, StructureCosts
-from planner.footprint import device_bytes
 from planner.machine import Machine
 from planner.mesh import Mesh, factorizations
 from planner.model import ModelSpec
 from planner.plan import Plan, Recompute, ScheduleRecipe, Training, make_plan
 from planner.predict import WHOLE_MESH_RANKS, predict
 from planner.schedule import model_chunks
-from planner.ties import by_preference
+from planner.search.balance import balance, replica_speeds, split_batch, stage_speeds
+from planner.search.candidates import UPDATES, Candidates, Question, Update, estimate
+from planner.search.estimate import ArraySizes, BlockCost, Structure, StructureCosts
+from planner.search.ties import by_preference
 from planner.trace import Prediction
 
 if TYPE_CHECKING:
-    from planner.assign import Assignment
+    from planner.search.assign import Assignment
 
 REPLAY_SPANS = 12_000
 """Spans to replay, under a second's work; a count and not a time, so that the answer does not depend on the load."""
@@ -413,7 +413,7 @@ def _preferred(ranked: list[Ranked], machine: Machine) -> list[Ranked]:
 
 def _assigned(best: Ranked, machine: Machine) -> tuple[Assignment, Ranked | None]:
     """The optimal signatures for a plan's sizes, and the plan with them where that is predicted to be faster."""
-    from planner.assign import best_signatures  # noqa: PLC0415 - scipy takes a third of a second to load
+    from planner.search.assign import best_signatures  # noqa: PLC0415 - scipy takes a third of a second to load
 
     assignment = best_signatures(best.plan, machine)
     if assignment.is_usual:

@@ -2,8 +2,8 @@
 
 A mixed-integer programme over one repeated layer and the two ends of the model: a binary per operator and signature,
 and per tensor one binary for each redistribution that some chosen pair of producer and consumers asks for, forward and
-backward. Consumers that need the same layout share one redistribution. Costs are those of `planner.price`, so what is
-minimised is the seconds of a forward and backward pass (after Alpa's intra-operator pass: Zheng et al. 2022,
+backward. Consumers that need the same layout share one redistribution. Costs are those of `planner.cost.price`, so what
+is minimised is the seconds of a forward and backward pass (after Alpa's intra-operator pass: Zheng et al. 2022,
 arXiv:2201.12023, §4.2). Solved by HiGHS through scipy.
 """
 
@@ -19,20 +19,20 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from planner.admissible import admissible, transition, weight_layouts, written_in_place
-from planner.cost import oversubscription_factor
+from planner.cost.compute import oversubscription_factor
+from planner.cost.price import COLLECTIVES, FREE, Place, compute_seconds, group_seconds
 from planner.errors import PlanError
-from planner.estimate import ArraySizes, Structure
 from planner.graph import Operator, split_unit
 from planner.layout import Layout, Partial, Shard, Signature
 from planner.machine import Machine
 from planner.model import ModelSpec
 from planner.plan import Plan
-from planner.price import COLLECTIVES, FREE, Place, compute_seconds, group_seconds
 from planner.program.backward import StageBackward
 from planner.program.rank import ITEM_BYTES, blocks
 from planner.program.stage import EXTERNAL, StageForward
 from planner.program.tasks import Task, Work
 from planner.program.update import state_bytes
+from planner.search.estimate import ArraySizes, Structure
 
 Row = tuple[list[int], list[float], float, float]
 """A constraint: columns, their coefficients, lower and upper bound."""

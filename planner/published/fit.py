@@ -25,14 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from planner.bulk import Bulk
-from planner.cost import slowest_host_factor
+from planner.cost.bulk import Bulk
+from planner.cost.compute import slowest_host_factor
+from planner.cost.footprint import footprint_bytes, process_groups, split_parts
+from planner.cost.memory import pipeline_peaks
+from planner.cost.skeleton import Skeleton
 from planner.errors import DataError, MachineError
-from planner.footprint import footprint_bytes, process_groups, split_parts
 from planner.machine import Machine
-from planner.memory import pipeline_peaks
-from planner.published import PublishedRow
-from planner.skeleton import Skeleton
+from planner.published.rows import PublishedRow
 
 Floats = NDArray[np.float64]
 
