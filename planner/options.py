@@ -13,6 +13,7 @@ from typing import Any
 
 from planner.errors import MachineError, MeshwrightError, PlanError
 
+TRANSPORTS = ("host", "staged", "cuda-aware", "nccl")
 PRECISIONS = ("float64", "float32", "tf32", "float16", "bfloat16", "fp8")
 _BYTE_UNITS = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _BYTE_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -115,6 +116,16 @@ class MachineOptions:
     machine: str | None = option(
         "Profile name (see 'planner machines'), file, or datasheet words such as "
         "'a100-80gb,per-host=8,network=200GB/s'; when left out, the profile measured here, else a generic one."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportOptions:
+    """How tensors travel between ranks."""
+
+    transport: str | None = option(
+        f"{', '.join(TRANSPORTS)}: MPI between CPU ranks; between GPU ranks MPI on copies in host memory, MPI on "
+        "device buffers, or NCCL; when left out, the machine's own (host on CPUs, nccl on GPUs)."
     )
 
 

@@ -14,6 +14,7 @@ from planner.admissible import ATTENTION_ON_CP, ContextKind, check_layouts, dist
 from planner.errors import DataError, MeshwrightError, PlanError
 from planner.graph import Operator
 from planner.layout import AXES
+from planner.machine import Transport
 from planner.mesh import Mesh
 from planner.model import ModelSpec
 from planner.schedule import from_csv, model_chunks
@@ -100,11 +101,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     seq_order: Literal["contiguous", "zigzag"] = "contiguous"
     overlap_gradients: bool = False
     collectives: dict[str, str] = {}
-    transport: Literal["mpi", "staged", "cuda-aware", "nccl"] = "mpi"
+    transport: Transport | Literal["mpi"] = "host"  # "mpi" is how files of old say "host"
     forward_only: bool = False
     training: Training = Training()
 
     def __post_init__(self) -> None:
+        if self.transport == "mpi":
+            msgspec.structs.force_setattr(self, "transport", "host")
         _check_sizes(self)
         _check_parts(self)
         _check_choices(self)
@@ -119,8 +122,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def hash(self) -> str:
-        """Content hash that predictions and measurements carry; the writing version does not enter it."""
-        content = msgspec.json.encode(msgspec.structs.replace(self, version=""), order="sorted")
+        """Content hash that predictions and measurements carry; the writing version does not enter it.
+
+        The transport `host` enters under its old name, so that files written before the others keep their hash.
+        """
+        fields = msgspec.to_builtins(self) | {"version": ""}
+        if self.transport == "host":
+            fields["transport"] = "mpi"
+        content = msgspec.json.encode(fields, order="sorted")
         return hashlib.sha256(content).hexdigest()[:16]
 
     def micro_batches(self, replica: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from itertools import product
 from planner.cost.coarse import coarse_replay
 from planner.cost.compute import slowest_host_factor
 from planner.cost.memory import Peak, peak_memory
-from planner.cost.price import COLLECTIVES, Pricer
+from planner.cost.price import COLLECTIVES, Pricer, plan_over
 from planner.errors import PlanError
 from planner.machine import Machine
 from planner.mesh import Coordinate, Mesh
@@ -187,7 +187,7 @@ class _Replayed:
     payloads: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        plan = self.plan
+        plan = self.plan = plan_over(self.plan, self.machine)
         mesh = plan.mesh
         self.pricer = Pricer(plan, self.machine)
         places = representatives(plan)
@@ -275,7 +275,8 @@ class _Emitter:
     rank: int
     program: Program
     previous: int | None = None
-    counts: dict[tuple[int, ...], int] = field(default_factory=lambda: defaultdict(int))
+    counts: dict[tuple[object, ...], int] = field(default_factory=lambda: defaultdict(int))
+    first: dict[str, int] = field(default_factory=dict)  # lowest rank of this rank's group, by axis
     started: dict[str, int] = field(default_factory=dict)
     exposed: dict[str, float] = field(default_factory=dict)  # what is left of a reduction when it is waited for
     handed: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -298,6 +299,8 @@ class _Emitter:
         if key not in self.priced:
             if step.op in COMPUTE_OPS:
                 self.priced[key] = pricer.stretch(step.tasks, at, step.op)
+            elif pricer.times_dispatch:
+                self.priced[key] = pricer.stretch(step.tasks, at, "W")  # which adds nothing of a micro-batch
             else:
                 self.priced[key] = ([pricer.seconds(task, at) for task in step.tasks], 0.0)
         return self.priced[key]
@@ -346,12 +349,14 @@ class _Emitter:
         if axis == "tie":
             group: tuple[int, ...] = (-1, self.program.at.dp, self.program.at.cp, self.program.at.tp)
         else:
-            group = mesh.group(axis, self.program.at)
-            if len(group) == 1:
+            if mesh.size(axis) == 1:
                 return None
-        lane = (hash(task.stream), *group)
+            if axis not in self.first:
+                self.first[axis] = mesh.group(axis, self.program.at)[0]
+            group = (self.first[axis],)  # which tells groups of one axis apart
+        lane = (axis, task.stream, group)
         self.counts[lane] += 1
-        return (axis, task.stream, group, self.counts[lane])
+        return (*lane, self.counts[lane])
 
     def _message(self, task: Task) -> tuple[object, ...]:
         at = self.program.at

@@ -8,25 +8,27 @@ import re
 from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 
 from planner.cost.algorithms import fix_collectives
 from planner.cost.price import Pricer
 from planner.errors import DataError, ModelError, PlanError, ScheduleError
-from planner.machine import GENERIC_PROFILE, Machine, load_machine, machine_names, user_profile_path
+from planner.machine import GENERIC_PROFILE, Machine, Transport, load_machine, machine_names, user_profile_path
 from planner.mesh import Coordinate, Mesh
 from planner.model import ModelSpec, with_sizes
 from planner.model.huggingface import from_huggingface
 from planner.model.presets import preset
 from planner.options import (
     PRECISIONS,
+    TRANSPORTS,
     BatchOptions,
     LayoutOptions,
     MachineOptions,
     ModelOptions,
     TrainingOptions,
+    TransportOptions,
     one_of,
     parse_counts,
 )
@@ -78,12 +80,13 @@ class MachineChoice(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """Which profile this is, for people."""
+        """Which profile this is, for people; on GPUs also over which transport."""
         name = self.machine.name
+        over = f", over {self.machine.transport_in_use}" if self.machine.device.kind == "gpu" else ""
         return {
-            "measured": f"machine {name}: measured on this machine ({self.path})",
+            "measured": f"machine {name}: measured on this machine ({self.path}){over}",
             "generic": f"machine {name}: shipped generic figures ({self.path}); 'planner profile' measures this one",
-            "named": f"machine {name} ({self.path})",
+            "named": f"machine {name} ({self.path}){over}",
         }[self.origin]
 
 
@@ -103,6 +106,30 @@ def machine_choice(options: MachineOptions) -> MachineChoice:
     if name in machine_names():
         return MachineChoice(machine, "named", shipped_path(name))
     return MachineChoice(machine, "named", name if Path(name).is_file() else "datasheet words")
+
+
+def with_transport(choice: MachineChoice, options: TransportOptions, workers: int) -> MachineChoice:
+    """Return the choice with its machine over the transport asked for; that of plans made on it.
+
+    When none is asked for it is the machine's own, save that ranks which share a GPU are staged: NCCL takes one each.
+
+    Raises:
+        PlanError: no such transport, or one that this kind of device, or ranks sharing a GPU, cannot use.
+        MachineError: the profile has no figures for it.
+    """
+    machine = choice.machine
+    per_device = machine.ranks_per_device(workers)
+    wanted = options.transport or ("staged" if per_device > 1 else machine.transport_in_use)
+    transport = cast(Transport, one_of("transport", wanted, TRANSPORTS))
+    if not machine.suits(transport):
+        ranks, usable = ("CPU", "host") if machine.device.kind == "cpu" else ("GPU", "staged, cuda-aware or nccl")
+        raise PlanError(f"--transport {transport}: machine {machine.name} has {ranks} ranks; use {usable}")
+    if transport == "nccl" and per_device > 1:
+        raise PlanError(
+            f"--transport nccl takes one rank per GPU, and {per_device} share one of {machine.name}; "
+            f"use at most {machine.host.devices} workers a host, or --transport staged"
+        )
+    return choice._replace(machine=machine.over(transport))
 
 
 def shipped_path(name: str) -> str:
@@ -252,6 +279,7 @@ def hand_plan(
         "attention": one_of("attention", options.attention, ("plain", "blocked")),
         "overlap_gradients": options.overlap_gradients,
         "forward_only": options.forward_only,
+        "transport": machine.transport_in_use,
         "training": settings,
     }
     recipe = _recipe(options)

@@ -95,10 +95,12 @@ class Measurement(Record, kw_only=True, forbid_unknown_fields=True):
 
     kind: Literal["measurement"] = "measurement"
     steps: list[float]
-    losses: list[float]
-    gradient_norms: list[float]
+    losses: list[float | None]  # None where it was not a number
+    gradient_norms: list[float | None]  # None where float16 overflowed
     resident_bytes: list[int]
     environment: dict[str, Any]
+    loss_scales: list[float] = []  # of every step, in float16
+    skipped_steps: list[int] = []  # numbers of the steps, warm-up included, in which float16 overflowed
     payload_bytes: dict[str, int] = {}  # bytes handed to MPI per step, by axis and operation, of rank 0
 
 

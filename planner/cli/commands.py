@@ -12,6 +12,7 @@ from planner.options import (
     MachineOptions,
     ModelOptions,
     TrainingOptions,
+    TransportOptions,
     argument,
     option,
     required,
@@ -29,7 +30,7 @@ class Command(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions(TrainingOptions, BatchOptions, MachineOptions, ModelOptions):
+class SearchOptions(TrainingOptions, BatchOptions, TransportOptions, MachineOptions, ModelOptions):
     """What a search is asked, whoever asks it."""
 
     fix: str | None = option(
@@ -81,10 +82,11 @@ class SweepOptions(SearchOptions):
     max_ranks: int | None = option(
         "With --measure: run plans of up to so many ranks, predict the others; the cores of this machine when left out."
     )
+    explain: bool = option("Say what bounds every point, or why an experiment comes out as it does.", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(LayoutOptions, TrainingOptions, BatchOptions, MachineOptions, ModelOptions):
+class PlanOptions(LayoutOptions, TrainingOptions, BatchOptions, TransportOptions, MachineOptions, ModelOptions):
     """Options of `planner plan`."""
 
     out: str = option("File to write.", "-o", "--out", default="plan.json")
@@ -132,10 +134,15 @@ class CalibrateOptions(MachineOptions):
 class ProfileOptions(HostOptions):
     """Options of `planner profile`."""
 
-    workers: int | None = option("Ranks to measure with; one per core of the hosts, at least 2, when left out.")
-    quick: bool = option("At most 15 s: fewer sizes and repeats.", default=False)
+    workers: int | None = option(
+        "Ranks to measure with; when left out one per core of the hosts, at least 2, and 4 with --device cuda."
+    )
+    quick: bool = option("At most 15 s, 30 s with --device cuda: fewer sizes and repeats.", default=False)
+    device: str = option("cpu, or cuda for the GPUs of this machine.", default="cpu")
     out: str | None = option(
-        "File to write; the profile of this machine in your cache folder when left out.", "-o", "--out"
+        "File to write; when left out machine.toml in your cache folder, machine-cuda.toml with --device cuda.",
+        "-o",
+        "--out",
     )
 
 

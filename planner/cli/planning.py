@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Group
 
 from planner.cli.commands import PlanOptions, PredictOptions, SearchOptions, SuggestOptions
 from planner.cli.frame import Answer, say
 from planner.errors import DataError, PlanError
+from planner.machine import Transport
 from planner.options import parse_bytes, parse_fixed
 from planner.plan import dump_plan, load_plan
 from planner.predict import predict
@@ -26,9 +27,10 @@ from planner.resolve import (
     micro_batch_size,
     model_spec,
     training,
+    with_transport,
     world_size,
 )
-from planner.search.explain import cheapest_signatures, variations
+from planner.search.explain import cheapest_signatures, crossings, variations
 from planner.search.request import SearchRequest
 from planner.search.ties import count_ties
 from planner.trace import dump_record
@@ -50,18 +52,19 @@ def suggest_plans(options: SuggestOptions) -> Answer:
     ties = count_ties([each.prediction for each in found.plans], choice.machine.residuals)
     changes = list(variations(asked, found)) if options.explain else []
     signatures = cheapest_signatures(found, choice.machine) if options.explain else None
+    transports = crossings(best.plan, choice.machine) if options.explain else []
 
     def document() -> dict[str, Any]:
         more: dict[str, Any] = {"machine": machine_document(choice), "files": [str(path) for path in files]}
         if options.explain:
-            more["explanation"] = explanation_document(found, changes, signatures)
+            more["explanation"] = explanation_document(found, changes, signatures, transports)
         return suggestion_document(found, ties) | more
 
     def view() -> Any:
         shown = suggestion_view(found, ties=ties)
         if not options.explain:
             return shown
-        return Group(shown, explanation_view(found, changes, signatures, ties), algebra_view())
+        return Group(shown, explanation_view(found, changes, signatures, ties, transports), algebra_view())
 
     return Answer(document, view)
 
@@ -77,7 +80,7 @@ def search_request(options: SearchOptions, workers: int, top: int) -> tuple[Mach
             raise PlanError(f"--{name} {value} is too few; use at least 1")
     fixed = fixed_choices(parse_fixed(options.fix))
     limit = None if options.memory_limit is None else parse_bytes(options.memory_limit)
-    model, choice = model_spec(options), machine_choice(options)
+    model, choice = model_spec(options), with_transport(machine_choice(options), options, workers)
     asked = SearchRequest(
         model=model,
         workers=workers,
@@ -101,7 +104,7 @@ def machine_document(choice: MachineChoice) -> dict[str, str]:
 def plan_by_hand(options: PlanOptions) -> Answer:
     """Make a plan from the options and write it."""
     workers = world_size(options)
-    choice = machine_choice(options)
+    choice = with_transport(machine_choice(options), options, workers)
     settings = training(options, choice, workers)
     plan = hand_plan(options, model_spec(options), options, settings, choice.machine)
     path = Path(options.out)
@@ -115,7 +118,14 @@ def predict_plan(options: PredictOptions) -> Answer:
     plan = load_plan(Path(options.plan))
     choice = machine_choice(options)
     say(choice.sentence)
-    prediction = predict(plan, choice.machine)
+    machine = choice.machine
+    if plan.mesh.world_size > 1 and not machine.suits(cast(Transport, plan.transport)):
+        kind = machine.device.kind.upper()
+        say(
+            f"warning: the plan's transport {plan.transport} is none of {kind} ranks; predicted over "
+            f"{machine.transport_in_use}, for a plan that runs there give 'planner plan' this machine"
+        )
+    prediction = predict(plan, machine)
     path = Path(options.out or "predicted.json")
     dump_record(prediction, path)
     say(f"wrote {path}")

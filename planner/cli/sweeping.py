@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,8 +11,8 @@ from planner.cli.frame import Answer, say
 from planner.cli.planning import search_request
 from planner.cli.running import Runner
 from planner.errors import PlanError
-from planner.experiments.classics import EXPERIMENTS, Sizes, experiment
-from planner.experiments.experiment import conduct
+from planner.experiments.classics import EXPERIMENTS, experiment
+from planner.experiments.experiment import Experiment, Sizes, conduct
 from planner.options import ModelOptions
 from planner.plan import write_whole
 from planner.report.experiment import experiment_document, experiment_svg, experiment_view
@@ -48,7 +48,7 @@ def sweep(options: SweepOptions) -> Answer:
         title = f"{request.model.name} on {choice.machine.name}: {kind} scaling"
         write_whole(Path(options.svg), sweep_svg(found, title).encode())
         say(f"wrote {options.svg}")
-    return Answer(lambda: sweep_document(found), lambda: sweep_view(found))
+    return Answer(lambda: sweep_document(found), lambda: sweep_view(found, explain=options.explain))
 
 
 WARMUP_STEPS = 1
@@ -61,28 +61,52 @@ def list_experiments() -> Answer:
 
 
 def measure(options: SweepOptions, name: str) -> Answer:
-    """Predict and run a classic experiment."""
+    """Predict a classic experiment, and run what of it can run here."""
     cores = usable_cores()
     ranks = cores if options.max_ranks is None else options.max_ranks
     for flag, value, least in (("steps", options.steps, 1), ("max-ranks", ranks, 0)):
         if value < least:
             raise PlanError(f"--{flag} {value} is too few; use at least {least}")
-    if options.model is not None:
+    found = _experiment(options, name, cores)
+    own = options.machine is None and found.machine is not None
+    choice = machine_choice(replace(options, machine=found.machine) if own else options)
+    if found.machine is not None and choice.machine.device.kind == "cpu":
         raise PlanError(
-            "--model goes with --workers; an experiment has its own model, whose sizes --hidden and others set"
+            f"{name} is about GPUs, and machine {choice.machine.name} has none; "
+            f"leave --machine out for {found.machine}, or name one with GPUs"
         )
-    sizes = {field.name: getattr(options, field.name) for field in fields(ModelOptions) if field.name in SIZES}
-    given = {key: value for key, value in sizes.items() if value is not None}
-    choice = machine_choice(options)
-    found = experiment(name, Sizes(given, options.global_batch_size, cores))
     say(choice.sentence)
-    runs = [case for case in found.cases if case.plan.mesh.world_size <= ranks]
-    say(f"{len(found.cases)} plans, {len(runs)} of which run here on up to {ranks} ranks, {options.steps} steps each")
+    runs = [case for case in found.cases if case.plan.mesh.world_size <= ranks and found.machine is None]
+    here = f"{len(runs)} of which run here on up to {ranks} ranks, {options.steps} steps each"
+    say(f"{len(found.cases)} plans, {here if runs else 'none of which runs here'}")
     with TemporaryDirectory() as scratch:
         runner = Runner(Path(scratch), options.steps, WARMUP_STEPS, "synthetic")
-        run = runner.run if runs else None
-        outcome = conduct(found, choice.machine, cores=cores, max_ranks=ranks, run=run)
+        run, most = (runner.run, ranks) if runs else (None, 0)
+        outcome = conduct(found, choice.machine, cores=cores, max_ranks=most, run=run, explain=options.explain)
     if options.svg:
         write_whole(Path(options.svg), experiment_svg(outcome).encode())
         say(f"wrote {options.svg}")
     return Answer(lambda: experiment_document(outcome), lambda: experiment_view(outcome))
+
+
+def _experiment(options: SweepOptions, name: str, cores: int) -> Experiment:
+    """The experiment of the sizes asked for.
+
+    Raises:
+        PlanError: no such experiment, or an option that says nothing about it.
+    """
+    if options.model is not None:
+        raise PlanError(
+            "--model goes with --workers; an experiment has its own model, whose sizes --hidden and others set"
+        )
+    if options.transport is not None:
+        raise PlanError(f"--transport {options.transport} goes with --workers; an experiment's plans have their own")
+    sizes = {field.name: getattr(options, field.name) for field in fields(ModelOptions) if field.name in SIZES}
+    given = {key: value for key, value in sizes.items() if value is not None}
+    found = experiment(name, Sizes(given, options.global_batch_size, cores))
+    if options.explain and found.explain is None:
+        explained = ", ".join(each for each in EXPERIMENTS if experiment(each, Sizes()).explain is not None)
+        raise PlanError(
+            f"--explain has nothing to say about {name}; it explains {explained}, and sweeps over --workers"
+        )
+    return found

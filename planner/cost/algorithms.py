@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import msgspec
 
-from planner.cost.price import COLLECTIVES, SCALARS, Place, Pricer, group_seconds, measured_tables
+from planner.cost.price import COLLECTIVES, SCALARS, Place, Pricer, group_seconds, machine_of, measured_tables
 from planner.machine import Machine
 from planner.plan import Plan
 from planner.program import Program, Shared, Task, lower
@@ -24,6 +24,7 @@ def fix_collectives(plan: Plan, machine: Machine) -> Plan:
     One algorithm serves all sizes of an operation on an axis, so the choice weighs every call of a step. Unchanged
     where the profile has no measured algorithms.
     """
+    machine = machine_of(plan, machine)
     if not machine.link_in_host.measured or plan.mesh.world_size == 1:
         return plan
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))

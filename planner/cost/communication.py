@@ -6,6 +6,8 @@ a model or a plan. Times are those of one rank. Payload conventions of collectiv
 * all_reduce and broadcast: bytes of the buffer, the same on every rank;
 * all_gather and reduce_scatter: bytes of the full (gathered, or unreduced) buffer;
 * all_to_all: bytes of one rank's whole send buffer, the share that stays included.
+
+On a machine whose transport is staged every call also takes the copies that `planner.cost.staging` prices.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import cast, get_args
 import numpy as np
 
 from planner.cost.sizes import Flag, Seconds, Size, if_any, regimes_seconds
+from planner.cost.staging import chunks, piped_seconds, staged_seconds
 from planner.machine import Algorithm, Collective, Link, Machine, MeasuredCollective
 
 _ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "broadcast": 1}
@@ -30,6 +33,8 @@ def p2p_seconds(machine: Machine, payload_bytes: Size, same_host: Flag = True, c
         same_host: whether both ends sit on one host.
         concurrent: messages that leave the same host at once and share its network cards.
     """
+    pieces = chunks(machine, payload_bytes)
+    payload_bytes = np.divide(payload_bytes, pieces)
     times = []
     for link in (machine.link_in_host, machine.link_between_hosts):
         tables = [table for table in link.measured if table.operation == "send"]
@@ -37,7 +42,10 @@ def p2p_seconds(machine: Machine, payload_bytes: Size, same_host: Flag = True, c
         formula = link.call_seconds + link.latency_seconds + np.divide(payload_bytes, bandwidth)
         measured = _measured_seconds(link, tables[:1], payload_bytes, 2, concurrent) if tables else formula
         times.append(measured)
-    return if_any(payload_bytes, np.where(same_host, *times))
+    sent = np.where(same_host, *times)
+    if machine.staging is not None:
+        sent = piped_seconds(staged_seconds(machine, "send", payload_bytes, 2, concurrent), sent, pieces)
+    return if_any(payload_bytes, sent)
 
 
 def collective_seconds(
@@ -80,6 +88,8 @@ def collective_seconds(
         if tables:
             measured = _measured_seconds(link, tables, payload_bytes, group_size, concurrent_groups)
             seconds = np.where(applies, measured, seconds)
+    ranks = np.multiply(on_host, concurrent_groups)
+    seconds = seconds + staged_seconds(machine, operation, payload_bytes, group_size, ranks).total
     return if_any(np.multiply(payload_bytes, np.greater(group_size, 1)), seconds)
 
 

@@ -71,6 +71,8 @@ def figure_of(pricer: Pricer, task: Task, at: Coordinate) -> Figure | None:
 def _collective_figure(pricer: Pricer, task: Task, at: Coordinate) -> Figure | None:
     """The measured table of a collective's group size, or the link that its formula reads."""
     machine, place = pricer.machine, pricer.place(task, at)
+    if machine.transport_in_use != machine.plain_transport:
+        return None  # copies, MPI and synchronisation share its time, and the profile's own links have no part in it
     size, inside = int(place.size), place.on_host >= place.size
     if size == 1:
         return None

@@ -7,7 +7,9 @@ and a prediction cannot price the same node differently.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
+import msgspec
 import numpy as np
 
 from planner.cost.communication import collective_seconds, p2p_seconds
@@ -19,14 +21,14 @@ from planner.cost.compute import (
     kernel_seconds,
     oversubscription_factor,
 )
-from planner.cost.measured import measured_seconds
-from planner.cost.memory import MIXED_PRECISIONS
+from planner.cost.framework import done_fraction, exposed_fraction
+from planner.cost.measured import measured_name, measured_seconds
 from planner.cost.sizes import Flag, Seconds, Size
-from planner.machine import Collective, Machine, MeasuredCollective
+from planner.machine import Collective, Machine, MeasuredCollective, Transport
 from planner.mesh import Coordinate
 from planner.plan import Plan
 from planner.program.tasks import Task, Work
-from planner.program.update import MASTER_BYTES
+from planner.program.update import MASTER_BYTES, MIXED_PRECISIONS, WORKING_BYTES
 
 COLLECTIVES: dict[str, Collective] = {
     "all_reduce": "all_reduce",
@@ -37,6 +39,7 @@ COLLECTIVES: dict[str, Collective] = {
     "tied_gradient_sum": "all_reduce",
     "loss_sum": "all_reduce",
     "gradient_norm": "all_reduce",
+    "overflow_max": "all_reduce",
     "all_gather": "all_gather",
     "parameter_gather": "all_gather",
     "parameter_all_gather": "all_gather",
@@ -55,7 +58,7 @@ FREE = ("slice", "parameter_drop", "gradient_wait", "receive", "post_receive", "
 OVERLAPPABLE = ("parameter_gather", "gradient_reduce_scatter")
 """Kinds that ZeRO puts between operators and that a framework may fetch ahead of, or finish behind, the compute."""
 
-SCALARS = ("loss_sum", "gradient_norm")
+SCALARS = ("loss_sum", "gradient_norm", "overflow_max")
 """Sums of a few bytes over all ranks; NCCL takes a tree for them whatever it does with large buffers."""
 
 
@@ -80,15 +83,21 @@ def compute_seconds(
     machine: Machine, task: Task, precision: str, threads: Size = 1, ranks_per_host: Size = 1
 ) -> Seconds:
     """Seconds of an operator's task on a core or device of its own."""
+    whole = _operator_seconds(machine, task, precision, threads, ranks_per_host)
+    share = done_fraction(machine, task)
+    return whole if share == 1 else np.asarray(share * whole)
+
+
+def _operator_seconds(machine: Machine, task: Task, precision: str, threads: Size, ranks_per_host: Size) -> Seconds:
     work = task.work
-    if machine.device.kind == "cpu":
+    if machine.device.kind == "cpu" or machine.device.gemm_samples:
         measured = measured_seconds(machine, task.kind, work, precision, threads, ranks_per_host)
         if measured is not None:
             return measured
     kind, _, way = task.kind.partition(".")
     if kind == "linear":
         product = gemm_seconds(machine, work.m, work.n, work.k, work.batch, precision, threads)
-        return product + _cast_seconds(machine, work) if precision == "fp8" else product
+        return product + _cast_seconds(machine, work, way) if precision == "fp8" else product
     if kind in ("attention_blocked", "attention_step") and machine.device.kind == "gpu":
         return _fused_attention_seconds(machine, work, precision, backward=way == "backward")
     if kind in ("attention_plain", "attention_blocked", "attention_step"):
@@ -102,10 +111,15 @@ def compute_seconds(
     return kernel_seconds(machine, name, work.elements, work.bytes, precision, ranks_per_host)
 
 
-def _cast_seconds(machine: Machine, work: Work) -> Seconds:
-    """Seconds to scale and convert both operands of an fp8 product: 2 bytes read, 1 written, and the transpose kept."""
-    elements = np.multiply(work.m, work.k) + np.multiply(work.k, work.n)
-    return kernel_seconds(machine, "cast", elements, 3.0 * elements, "bfloat16")
+def _cast_seconds(machine: Machine, work: Work, way: str) -> Seconds:
+    """Seconds to scale and convert the activations of an fp8 product: 2 bytes read, 1 written and 1 for the transpose.
+
+    The input is cast ahead of the forward product and the output's gradient ahead of the first backward one; the weight
+    gradient finds both. Weights are cast once a step, or one rank's shard of them (Transformer Engine's cached weights;
+    torchtitan's gathers in fp8), which is left out.
+    """
+    elements = np.multiply(work.m, work.k) * (way != "backward_weight")
+    return kernel_seconds(machine, "cast", elements, 4.0 * elements, "bfloat16")
 
 
 def _fused_attention_seconds(machine: Machine, work: Work, precision: str, *, backward: bool) -> Seconds:
@@ -122,12 +136,17 @@ def _fused_attention_seconds(machine: Machine, work: Work, precision: str, *, ba
 
 def launches(machine: Machine, task: Task) -> int:
     """Number of kernels that the host dispatches for an operator's task; calls of its kind as in the profile."""
+    if not done_fraction(machine, task):
+        return 0
     kind, _, way = task.kind.partition(".")
-    if kind == "linear":
-        return 1
     kernels = machine.device.kernels
+    if kind == "linear":
+        return kernels["linear"].calls if "linear" in kernels else 1
     products = 0
     if kind.startswith("attention"):
+        timed = machine.device.attention.get(measured_name(task.kind))
+        if timed is not None:
+            return timed.calls
         if kind != "attention_plain" and machine.device.kind == "gpu":
             return 1
         kind, products = "softmax", 4 if way == "backward" else 2
@@ -156,6 +175,7 @@ def group_seconds(
         algorithm = "tree"
     payload = np.multiply(task.work.full_bytes, stored_fraction(machine, task.kind) if mixed else 1.0)
     seconds = collective_seconds(machine, operation, payload, place.size, place.on_host, algorithm, place.concurrent)
+    seconds = seconds * exposed_fraction(machine, task, operation)
     extra = machine.link_in_host.in_place.get(operation)
     if extra is None or task.kind in SCALARS:
         return seconds
@@ -164,14 +184,11 @@ def group_seconds(
 
 
 def stored_fraction(machine: Machine, kind: str) -> float:
-    """Bytes of a parameter or gradient as the framework sends it, over the program's 4 (float32)."""
+    """Bytes of a parameter or gradient as the framework sends it, over the program's 2 and 4."""
     framework = machine.framework
     if kind in ("parameter_gather", "parameter_all_gather"):
-        stored = framework.parameter_bytes
-    elif "gradient" in kind and kind not in SCALARS:
-        stored = framework.gradient_bytes
-    else:
-        stored = None
+        return (framework.parameter_bytes or WORKING_BYTES) / WORKING_BYTES
+    stored = framework.gradient_bytes if "gradient" in kind and kind not in SCALARS else None
     return 1.0 if stored is None else stored / MASTER_BYTES
 
 
@@ -204,9 +221,28 @@ def stretch_seconds(
     return dispatched_seconds(machine, device, kernels, collectives) + around
 
 
+def machine_of(plan: Plan, machine: Machine) -> Machine:
+    """Return the machine over the transport that the plan names.
+
+    A plan for the other kind of device is priced as this kind's ranks would carry it out, over the transport in use.
+
+    Raises:
+        MachineError: the profile has no figures for the transport.
+    """
+    transport = cast(Transport, plan.transport)
+    return machine.over(transport) if machine.suits(transport) else machine
+
+
+def plan_over(plan: Plan, machine: Machine) -> Plan:
+    """Return the plan as a machine's ranks would carry it out, whose transport decides in which type sums travel."""
+    if machine.suits(cast(Transport, plan.transport)):
+        return plan
+    return msgspec.structs.replace(plan, transport=machine.transport_in_use)
+
+
 @dataclass
 class Pricer:
-    """Prices the tasks of one plan on one machine; equal work is priced once."""
+    """Prices the tasks of one plan on one machine, over the plan's transport; equal work is priced once."""
 
     plan: Plan
     machine: Machine
@@ -214,7 +250,8 @@ class Pricer:
 
     def __post_init__(self) -> None:
         """Ranks fill hosts in order."""
-        plan, machine = self.plan, self.machine
+        plan = self.plan
+        machine = self.machine = machine_of(plan, self.machine)
         world = plan.mesh.world_size
         self.ranks_per_host = machine.ranks_per_host(world)
         self.one_host = world <= self.ranks_per_host
@@ -227,7 +264,8 @@ class Pricer:
             return 0.0
         place = 0 if self.one_host and not self.machine.relative_speeds else self.plan.mesh.rank(at)
         # A rank with several model chunks may send to two neighbours, of which one sits on its own host.
-        key = (task.kind, task.axis, task.work, place, ".head." in task.key, task.attributes.get("peer"))
+        again = task.key.partition(".")[2] if task.key.endswith(".recompute") else ""
+        key = (task.kind, task.axis, task.work, place, ".head." in task.key, again, task.attributes.get("peer"))
         known = self._seconds.get(key)
         if known is None:
             known = self._seconds[key] = self._price(task, at)
@@ -308,6 +346,11 @@ class Pricer:
                 return seconds
             return seconds + extra.latency_seconds + extra.seconds_per_byte * float(task.work.full_bytes)
         return self.message(task.work.full_bytes, same)
+
+    @property
+    def times_dispatch(self) -> bool:
+        """Whether the host's time per task was timed on the machine's GPU, so that updates can be bound by it too."""
+        return self.machine.device.kind == "gpu" and bool(self.machine.device.gemm_samples)
 
     @property
     def exchange(self) -> float:

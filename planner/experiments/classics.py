@@ -7,8 +7,7 @@ arXiv 1811.06965).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -22,36 +21,20 @@ from planner.experiments.experiment import (
     Experiment,
     Records,
     Row,
+    Sizes,
     block_seconds,
     flops_per_second,
     phase_shares,
 )
+from planner.experiments.staged import staged_attention
 from planner.machine import Machine
 from planner.mesh import Mesh
-from planner.model import ModelSpec, parameters, with_sizes
+from planner.model import parameters
 from planner.plan import Plan, ScheduleRecipe, Training, make_plan
 from planner.trace import Record
 
 GRADIENT_BYTES = 4
 _PLAIN = Training()
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What overrides an experiment's own sizes; the classic ones when left out."""
-
-    model: Mapping[str, Any] = field(default_factory=dict)
-    global_batch_size: int | None = None
-    cores: int = 1
-
-    def spec(self, **usual: Any) -> ModelSpec:
-        """The experiment's model."""
-        given = {key: value for key, value in self.model.items() if value is not None}
-        return with_sizes(**(usual | given))
-
-    def batch(self, usual: int) -> int:
-        """The experiment's global batch."""
-        return usual if self.global_batch_size is None else self.global_batch_size
 
 
 def layer_blocks(sizes: Sizes) -> Experiment:
@@ -298,6 +281,7 @@ def threads(sizes: Sizes) -> Experiment:
 EXPERIMENTS: dict[str, Callable[[Sizes], Experiment]] = {
     "layer-blocks": layer_blocks,
     "sequence-attention": sequence_attention,
+    "staged-attention": staged_attention,
     "data-parallel": data_parallel,
     "pipeline-forward": pipeline_forward,
     "pipeline-tensor": pipeline_tensor,

@@ -10,17 +10,36 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from planner.compare import rank_weights
 from planner.machine import Machine
+from planner.model import ModelSpec, with_sizes
 from planner.plan import Plan
 from planner.predict import predict
 from planner.trace import Record, is_communication
 
 Records = Mapping[str, Record]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What overrides an experiment's own sizes; the classic ones when left out."""
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    global_batch_size: int | None = None
+    cores: int = 1
+
+    def spec(self, **usual: Any) -> ModelSpec:
+        """The experiment's model."""
+        given = {key: value for key, value in self.model.items() if value is not None}
+        return with_sizes(**(usual | given))
+
+    def batch(self, usual: int) -> int:
+        """The experiment's global batch."""
+        return usual if self.global_batch_size is None else self.global_batch_size
 
 
 class Row(NamedTuple):
@@ -50,6 +69,9 @@ class Experiment:
         references: Rows that do not depend on a machine: published or ideal figures by column.
         simulate: Further rows from formulas, for more ranks than are lowered; given the predictions and the machine.
         chart: Column that the chart shows.
+        note: What has to be known to read the table.
+        machine: The profile that the experiment is about, for which it is predicted and never run here; None for any.
+        explain: Says why it comes out as it does; given the predictions and the machine.
     """
 
     name: str
@@ -61,6 +83,8 @@ class Experiment:
     references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     simulate: Callable[[Records, Machine], list[Row]] | None = None
     note: str = ""
+    machine: str | None = None
+    explain: Callable[[Records, Machine], list[str]] | None = None
 
     @property
     def most_ranks(self) -> int:
@@ -79,6 +103,7 @@ class Outcome:
     unshared: list[Row]
     simulated: list[Row]
     ran: tuple[str, ...]
+    explanation: tuple[str, ...] = ()
 
 
 def conduct(
@@ -88,6 +113,7 @@ def conduct(
     cores: int,
     max_ranks: int,
     run: Callable[[int, Plan, int], Record] | None,
+    explain: bool = False,
 ) -> Outcome:
     """Predict all cases of an experiment, run those of at most `max_ranks` ranks, and read both.
 
@@ -97,6 +123,7 @@ def conduct(
         cores: Of the machine that runs.
         max_ranks: Largest plan that is run.
         run: Runs (place, plan, round) and returns its measurement; None predicts only.
+        explain: Whether to say why.
     """
     predicted = {case.name: predict(case.plan, machine) for case in experiment.cases}
     measured = {
@@ -110,7 +137,10 @@ def conduct(
         unshared = experiment.read({case.name: predict(case.plan, own) for case in experiment.cases})
     simulated = [] if experiment.simulate is None else experiment.simulate(predicted, machine)
     rows = experiment.read(predicted)
-    return Outcome(experiment, cores, rows, experiment.read(measured), unshared, simulated, tuple(measured))
+    told = experiment.explain(predicted, machine) if explain and experiment.explain is not None else ()
+    return Outcome(
+        experiment, cores, rows, experiment.read(measured), unshared, simulated, tuple(measured), tuple(told)
+    )
 
 
 def with_cores(machine: Machine, ranks: int) -> Machine:

@@ -13,15 +13,22 @@ from planner.machine.figures import (
     GemmTile,
     Host,
     KernelFigures,
-    Link,
     Machine,
-    MeasuredCollective,
-    MeasuredRegime,
     MemoryOverhead,
     MemoryRegime,
     Overheads,
     Precision,
+    PrecisionFigures,
     Residuals,
+)
+from planner.machine.links import (
+    TRANSPORTS,
+    Link,
+    MeasuredCollective,
+    MeasuredRegime,
+    Staging,
+    Transport,
+    TransportFigures,
 )
 from planner.machine.measured import AttentionFigures, GemmForm, GemmSample
 from planner.machine.profile import (
@@ -55,7 +62,12 @@ __all__ = [
     "MemoryRegime",
     "Overheads",
     "Precision",
+    "PrecisionFigures",
     "Residuals",
+    "Staging",
+    "TRANSPORTS",
+    "Transport",
+    "TransportFigures",
     "base_profile",
     "dump_machine",
     "load_machine",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
 from planner.errors import MachineError
+from planner.machine.links import Link, MeasuredRegime, Staging, Transport, TransportFigures
 from planner.machine.measured import AttentionFigures, GemmSample
 
 Precision: TypeAlias = Literal["float64", "float32", "tf32", "float16", "bfloat16", "fp8"]
@@ -17,6 +17,7 @@ Algorithm: TypeAlias = Literal["ring", "tree", "recursive_doubling", "halving_do
 Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
 NonNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
 Fraction: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Share: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Slowdown: TypeAlias = Annotated[float, msgspec.Meta(ge=1)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 Provenance: TypeAlias = Annotated[str, msgspec.Meta(min_length=8)]  # datasheet, paper, or what it was fitted on
@@ -74,11 +75,23 @@ class KernelFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     concurrent_slowdown: Slowdown = 1.0
 
 
+class PrecisionFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was timed of a device in another precision than float32; what is left out is float32's.
+
+    `kernels` and `attention` replace the entries of their names only.
+    """
+
+    gemm_samples: tuple[GemmSample, ...] = ()
+    attention: dict[str, AttentionFigures] = {}
+    kernels: dict[str, KernelFigures] = {}
+
+
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One accelerator, or the share of a CPU that one rank has.
 
     `gemm` holds a curve by precision and one under "default"; `attention` the same for fused attention. `kernels` is
-    keyed by operator kind, with "default" for the rest.
+    keyed by operator kind, with "default" for the rest. What was timed is of float32, and of a precision that has a
+    table among `precisions` is there.
     """
 
     provenance: Provenance
@@ -89,6 +102,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     batched_gemm: GemmCurve | None = None  # of plain attention's products; None: as all others
     gemm_samples: tuple[GemmSample, ...] = ()  # what the curve's error is interpolated from
     attention: dict[str, AttentionFigures] = {}  # by task kind, such as attention_plain_backward
+    precisions: dict[Precision, PrecisionFigures] = {}  # what was timed in others than float32
     attention_fraction: dict[str, Fraction] = {}
     attention_backward_fraction: dict[str, Fraction] = {}
     memory_bytes: Positive
@@ -98,6 +112,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     call_seconds: NonNegative = 0.0
     multiprocessors: Count | None = None
     dollars_per_hour: Positive | None = None
+    price_provenance: str = ""  # whose price, where and when
 
 
 class Overheads(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -126,7 +141,9 @@ class Framework(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     The bytes are per parameter, in mixed precision (16 bits or fp8): Megatron-LM keeps 2 + 2 + 12 or 2 + 4 + 12
     (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). `scattered_messages` splits a pipeline message over the
     tensor axis and gathers it on the other host (Narayanan et al. 2021, section 4.1). `blocking_messages` are waited
-    for on the compute stream, so that nothing hides them.
+    for on the compute stream, so that nothing hides them. `hidden_tp_fraction` is asynchronous tensor parallelism (Wang
+    et al. 2023, ASPLOS, decompose a collective and its product into pipelined pieces). `recomputed_fraction` says what
+    a policy that saves some operators' outputs leaves of full recomputation, by the first word of a task's kind.
     """
 
     provenance: Provenance = "the executor of this distribution"
@@ -138,45 +155,11 @@ class Framework(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     logit_bytes: Positive | None = None  # per logit, where the loss is taken in another precision than the layers
     scattered_messages: bool = False
     blocking_messages: bool = False
-
-
-class MeasuredRegime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Latency plus bandwidth, valid up to a message size (the last regime has none: it goes on)."""
-
-    up_to_bytes: Positive | None = None
-    latency_seconds: NonNegative
-    seconds_per_byte: NonNegative
-
-
-class MeasuredCollective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Measured time of one collective (or "send") on one group size, with the algorithm that was timed.
-
-    `ranks_per_host` says, on a link between hosts, how many of the group sit on each host.
-    """
-
-    operation: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"]
-    group_size: Annotated[int, msgspec.Meta(ge=2)]
-    algorithm: str = "library"
-    ranks_per_host: Count = 1
-    regimes: Annotated[tuple[MeasuredRegime, ...], msgspec.Meta(min_length=1)]
-
-
-class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One tier of the interconnect, inside a host or between hosts.
-
-    `bandwidth_bytes_per_second` is what one rank can send in one direction; `shared_bandwidth_bytes_per_second` what
-    all ranks of a host together can (its network cards). `efficiency` is the reached share of it per collective, or
-    "send", or "default". Where `measured` holds an operation its regimes replace the formulas.
-    """
-
-    provenance: Provenance
-    latency_seconds: NonNegative
-    bandwidth_bytes_per_second: Positive
-    shared_bandwidth_bytes_per_second: Positive | None = None
-    call_seconds: NonNegative = 0.0
-    efficiency: dict[str, Fraction] = {}
-    measured: tuple[MeasuredCollective, ...] = ()
-    in_place: dict[str, MeasuredRegime] = {}  # by collective: what a step adds to `measured`, operands being cold
+    hidden_tp_fraction: Share = 0.0  # of tp's gathers and scatters that run inside the products they feed or follow
+    hidden_parameter_gather: Share = 0.0  # of ZeRO's gather of updated parameters that runs beside the next forward
+    recomputed_fraction: dict[str, Share] = {}  # of full recomputation's work that is done again, by kind of task
+    placeholder_gradients: bool = False  # a 16-bit tensor is kept per distinct weight, to stand for its fused gradient
+    recompute_stops_early: bool = False  # with the last tensor that backward needs, so before a layer's last product
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -184,12 +167,15 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     provenance: Provenance
     devices: Count
+    ranks_per_device: Count = 1  # GPU ranks that take turns on one device; CPU ranks are shares of a host anyway
     cores: Count = 1
     memory_bytes: Positive | None = None
     memory_bandwidth_bytes_per_second: Positive | None = None
     thread_speedup: tuple[Positive, ...] = (1.0,)  # of a matrix product with 1, 2, ... threads
+    thread_call_seconds: NonNegative = 0.0  # to start and join the threads of one product
     oversubscription_slowdown: Slowdown = 1.0  # on top of sharing the cores, when ranks outnumber them
     concurrent_gemm_slowdown: Slowdown = 1.0  # of a rank's matrix products while all other cores compute too
+    concurrent_gemm_seconds_per_byte: NonNegative = 0.0  # of operands, which reach all cores over one memory bus
 
 
 class MemoryOverhead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -217,8 +203,11 @@ class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A cluster of equal hosts: its device, its two link tiers, and what the framework costs on it.
 
-    Ranks fill hosts in order. GPU hosts take as many as they have devices, and there are as many hosts as that needs;
+    Ranks fill hosts in order. GPU hosts take as many as their devices take, and there are as many hosts as that needs;
     on CPUs, which take any number, the ranks of a job are split evenly over `hosts`.
+
+    The links are those of `transport`, between GPUs NCCL's unless the profile says otherwise; `transports` has the
+    figures of the others, and `over` changes to one of them. `staging` holds the copies of a staged transport in use.
     """
 
     schema: Literal[1] = 1
@@ -235,6 +224,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     framework: Framework = Framework()
     algorithms: dict[str, Algorithm] = {}  # by collective; "default" for the rest
     relative_speeds: tuple[Positive, ...] = ()  # by rank, 1 being this profile's figures; empty: all equal
+    transport: Transport | None = None
+    transports: dict[Transport, TransportFigures] = {}
+    staging: Staging | None = None
+    variants: dict[str, dict[str, Any]] = {}  # tables that replace others where a run used another technique
 
     @property
     def devices_per_host(self) -> int:
@@ -245,7 +238,58 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Return how many ranks of a job sit on each of its hosts (fewer on the last one, where they do not divide)."""
         if self.device.kind == "cpu":
             return -(-world_size // self.hosts)
-        return min(world_size, self.host.devices)
+        return min(world_size, self.host.devices * self.host.ranks_per_device)
+
+    def ranks_per_device(self, world_size: int) -> int:
+        """Return how many ranks of a job take turns on one device; 1 on CPUs, whose ranks have shares of their own."""
+        return -(-self.ranks_per_host(world_size) // self.host.devices) if self.device.kind == "gpu" else 1
+
+    @property
+    def plain_transport(self) -> Transport:
+        """The transport that the links of a profile are of where it does not say."""
+        return "nccl" if self.device.kind == "gpu" else "host"
+
+    @property
+    def transport_in_use(self) -> Transport:
+        """The transport that the links are of."""
+        return self.transport or self.plain_transport
+
+    def suits(self, transport: Transport) -> bool:
+        """Whether a transport is one of this kind of device: `host` is of CPU ranks, all others are of GPU ranks."""
+        return (transport == "host") == (self.device.kind == "cpu")
+
+    def over(self, transport: Transport) -> Machine:
+        """Return the machine with the links of a transport; the figures of the one it leaves stay among the others.
+
+        Raises:
+            MachineError: the profile has no figures for the transport.
+        """
+        used, plain = self.transport_in_use, self.plain_transport
+        if transport == used:
+            return self
+        if transport not in self.transports:
+            known = ", ".join(sorted({used, *self.transports}))
+            msg = f"machine '{self.name}' has no figures for transport {transport}; use one it has ({known})" + (
+                "" if self.device.kind == "cpu" else f" or add the table [transports.{transport}] to its profile"
+            )
+            raise MachineError(msg)
+        # A transport without links of its own changes those of the plain one, whatever is in use now.
+        base = self.over(plain) if transport != plain and plain in self.transports else self
+        figures = self.transports[transport]
+        left = TransportFigures(
+            provenance=f"the profile's links over {used}",
+            link_in_host=self.link_in_host,
+            link_between_hosts=self.link_between_hosts,
+            staging=self.staging,
+        )
+        return msgspec.structs.replace(
+            self,
+            link_in_host=figures.over(base.link_in_host, figures.link_in_host),
+            link_between_hosts=figures.over(base.link_between_hosts, figures.link_between_hosts),
+            staging=figures.staging,
+            transport=transport,
+            transports=self.transports | {used: left},
+        )
 
     def peak_flops_per_second(self, precision: str) -> float:
         """Return the peak rate of one device in a precision.
@@ -284,6 +328,14 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise MachineError(msg)
         return float(value)
 
+    def variant(self, names: Iterable[str]) -> Machine:
+        """Return the machine as runs used it that went by other techniques, with the tables of its `variants`.
+
+        Names that the profile lacks change nothing: it makes no difference between them that it knows of.
+        """
+        chosen = [self.variants[name] for name in names if name in self.variants]
+        return self.with_figures(dict(leaf for tables in chosen for leaf in _leaves(tables, ""))) if chosen else self
+
     def figure_provenance(self, group: str) -> str:
         """Return where the figures of a group (device, link_in_host, ...) come from."""
         return str(getattr(self, group).provenance)
@@ -297,54 +349,15 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             for key in parents:
                 node = node.setdefault(key, {})
             node[last] = value
+        from planner.machine.check import check_machine  # noqa: PLC0415 - which makes machines
+
         return check_machine(tree, f"machine '{self.name}' with changed figures")
 
 
-def check_machine(tree: dict[str, Any], where: str) -> Machine:
-    """Check the tables of a profile and return the Machine."""
-    try:
-        machine = msgspec.convert(tree, Machine)
-    except msgspec.ValidationError as error:
-        msg = f"{where}: {error}; compare with a shipped profile ('planner machines' lists them)"
-        raise MachineError(msg) from error
-    for path, value in _numbers(tree, ""):
-        if not math.isfinite(value):
-            msg = f"{where}: {path} is {value}; give a finite figure or leave it out"
-            raise MachineError(msg)
-    _check_vocabulary(machine, where)
-    return machine
-
-
-def _check_vocabulary(machine: Machine, where: str) -> None:
-    """Refuse table keys that no formula would ever read: a misspelt key must not be a silent default."""
-    precisions = {"default", *get_args(Precision)}
-    operations = {"default", "send", *get_args(Collective)}
-    device = machine.device
-    allowed: list[tuple[str, Mapping[str, object], set[str]]] = [
-        ("device.gemm", device.gemm, precisions),
-        ("device.attention_fraction", device.attention_fraction, precisions),
-        ("device.attention_backward_fraction", device.attention_backward_fraction, precisions),
-        ("link_in_host.efficiency", machine.link_in_host.efficiency, operations),
-        ("link_between_hosts.efficiency", machine.link_between_hosts.efficiency, operations),
-        ("link_in_host.in_place", machine.link_in_host.in_place, operations),
-        ("algorithms", machine.algorithms, operations - {"send"}),
-    ]
-    for group, table, names in allowed:
-        for key in table:
-            if key not in names:
-                msg = f"{where}: {group} has the unknown key '{key}'; use {', '.join(sorted(names))}"
-                raise MachineError(msg)
-    if "default" not in device.gemm:
-        msg = f"{where}: the figure device.gemm.default.fraction is missing; add the table [device.gemm.default]"
-        raise MachineError(msg)
-    if any(tile for curve in device.gemm.values() for tile in curve.tiles) and device.multiprocessors is None:
-        msg = f"{where}: device.gemm has tiles but device.multiprocessors is missing; add it or remove the tiles"
-        raise MachineError(msg)
-
-
-def _numbers(tree: Any, path: str) -> list[tuple[str, float]]:
-    """Return every float in a tree of tables with its dotted path."""
-    if isinstance(tree, float):
-        return [(path, tree)]
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
-    return [found for key, value in items for found in _numbers(value, f"{path}.{key}".strip("."))]
+def _leaves(tree: Mapping[str, Any], path: str) -> list[tuple[str, object]]:
+    """Return every value in a tree of tables with its dotted path."""
+    found: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        name = f"{path}.{key}".strip(".")
+        found += _leaves(value, name) if isinstance(value, Mapping) else [(name, value)]
+    return found

@@ -1,4 +1,4 @@
-"""Figures of a profile that were timed rather than read from a datasheet: what a CPU's cost formulas interpolate."""
+"""Figures of a profile that were timed rather than read from a datasheet: what the cost formulas interpolate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class GemmSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Measured time of one matrix product [m, k] x [k, n] in float32 on one thread, as a layer runs it."""
+    """Measured time of one matrix product [m, k] x [k, n] as a layer runs it, on a CPU on one thread."""
 
     form: GemmForm
     m: _Count
@@ -25,9 +25,9 @@ class GemmSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class AttentionFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Cost of one implementation of attention in one direction, in float32.
+    """Cost of one implementation of attention in one direction, in one precision.
 
-    The time is a sum over products (one [Sq, d] x [d, Sk] each, per sequence and head), query-key pairs (softmax,
+    `calls` counts, as for `KernelFigures`, what the host dispatches. The time is a sum over products (one [Sq, d] x [d, Sk] each, per sequence and head), query-key pairs (softmax,
     mask and dropout; each sequence and head once), multiply-adds of the products, and elements of queries and keys.
     """
 
@@ -37,6 +37,7 @@ class AttentionFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     multiply_add_seconds: _NonNegative = 0.0
     element_seconds: _NonNegative = 0.0
     concurrent_slowdown: Annotated[float, msgspec.Meta(ge=1)] = 1.0  # with as many ranks at work as there are cores
+    calls: _Count = 1
 
 
 def attention_terms(m: Any, n: Any, k: Any, batch: Any, elements: Any) -> tuple[Any, ...]:

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from planner.errors import MachineError
-from planner.machine.figures import Machine, check_machine
+from planner.machine.check import check_machine
+from planner.machine.figures import Machine
 from planner.machine.words import apply_words
 
 GENERIC_PROFILE = "cpu-generic"

@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 from planner.errors import MachineError
-from planner.machine.figures import DATASHEET_LOG_SIGMA, Machine, check_machine
+from planner.machine.check import check_machine
+from planner.machine.figures import DATASHEET_LOG_SIGMA, Machine
 
 _PREFIXES = {
     "": 1.0,
@@ -29,8 +30,10 @@ _WORDS = {
     "network-latency": ("link_between_hosts", "latency_seconds", "seconds", "5us"),
     "in-host": ("link_in_host", "bandwidth_bytes_per_second", "rate", "300GB/s"),
     "memory": ("device", "memory_bytes", "bytes", "80GiB"),
+    "per-device": ("host", "ranks_per_device", "", "2"),
     "price": ("device", "dollars_per_hour", "", "2.5"),
 }
+_COUNTS = ("per-host", "per-device")
 _UNITS = {
     "": r"()",
     "rate": r"([KMGT]i?)?([Bb])(?:/s|ps)",
@@ -55,11 +58,14 @@ def apply_words(tree: dict[str, Any], words: str) -> Machine:
             raise MachineError(msg)
         group, figure, unit, example = _WORDS[word]
         number = _quantity(text, unit)
-        if number is None or (word == "per-host" and number != int(number)):
+        if number is None or (word in _COUNTS and number != int(number)):
             msg = f"{origin}: {word}={text} is not a positive figure with its unit; write it like {word}={example}"
             raise MachineError(msg)
-        tree[group][figure] = int(number) if word == "per-host" else number
-        tree[group]["provenance"] = f"{word} from datasheet words; else {tree[group]['provenance']}"
+        tree[group][figure] = int(number) if word in _COUNTS else number
+        if word == "price":
+            tree[group]["price_provenance"] = "datasheet words"
+        else:
+            tree[group]["provenance"] = f"{word} from datasheet words; else {tree[group]['provenance']}"
     network = tree["link_between_hosts"]
     if any(word == "network" for word, _ in options):
         # One network card per device is the usual build; a rank alone on its host cannot use its neighbours' cards.

@@ -16,7 +16,7 @@ from planner.program.liveness import needed, with_frees
 from planner.program.stage import Layouts, StageForward, generic
 from planner.program.tasks import Buffer, Task, Work
 from planner.program.units import Unit, make_unit
-from planner.program.update import sum_over_tp, tied, unit_task, update_tasks
+from planner.program.update import MASTER_BYTES, sum_over_tp, tied, unit_task, update_tasks
 from planner.schedule import Instruction, Schedule, generate
 from planner.schedule.grid import from_csv
 from planner.shard import offsets
@@ -26,6 +26,12 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2
 """Bytes of an activation; fp8 products read converted copies, their results stay in 16 bits."""
 
 BACKWARD_OPS = ("B", "I", "W")
+
+
+def reduced_item_bytes(precision: str, transport: str) -> int:
+    """Bytes of an element of a partial activation while it is summed over ranks: MPI sums no 16 bits, NCCL does."""
+    item = ITEM_BYTES[precision]
+    return item if transport == "nccl" else max(MASTER_BYTES, item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,9 @@ def lower_stage(plan: Plan, at: Coordinate, stage: int, batch: int, *, split: bo
     """Lay out one stage's forward and backward passes for a micro-batch of `batch` sequences."""
     placement = Placement(plan, at, batch)
     axis_sizes = {axis: plan.mesh.size(axis) for axis in ("dp", "cp", "tp")}
-    forward = StageForward(plan, stage, placement, axis_sizes, ITEM_BYTES[plan.training.precision])
+    precision = plan.training.precision
+    reduced = reduced_item_bytes(precision, plan.transport)
+    forward = StageForward(plan, stage, placement, axis_sizes, ITEM_BYTES[precision], reduced)
     source = boundary(plan, stage - 1) if stage else None
     output = boundary(plan, stage) if stage < plan.num_stages - 1 else None
     if source:

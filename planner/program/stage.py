@@ -73,8 +73,11 @@ class StageForward:
         PlanError: the chosen signatures need a redistribution that does not exist.
     """
 
-    def __init__(self, plan: Choices, stage: int, sizes: Sizes, axis_sizes: dict[str, int], item_bytes: int) -> None:
+    def __init__(
+        self, plan: Choices, stage: int, sizes: Sizes, axis_sizes: dict[str, int], item_bytes: int, reduced_bytes: int
+    ) -> None:
         self.plan, self.stage, self.sizes = plan, stage, sizes
+        self.reduced_bytes = reduced_bytes  # of an element while it is summed over ranks
         self.axes = tuple(axis for axis in AXES if axis_sizes[axis] > 1)
         self.axis_sizes, self.item_bytes = axis_sizes, item_bytes
         self.buffers: dict[str, Buffer] = {}
@@ -223,6 +226,8 @@ class StageForward:
                 attributes[label] = self._extent(holder, layout.dim, axis)
         full = self.bytes_of(result if kind == "all_gather" else name)
         payload = self.bytes_of(name)
+        if isinstance(source, Partial) and self.buffers[name].dtype == "compute":
+            full = payload = self.elements(name) * self.reduced_bytes
         key = f"{axis}.{kind}.{generic(tensor)}.{way}"
         work = Work(bytes=payload, full_bytes=full, elements=self.elements(name))
         return Task(
@@ -324,13 +329,14 @@ class StageForward:
         q, k, v = reads
         running = f"{operator.name}.running_max"
         self.declare(running, ("batch", "heads", "seq"), dict(self.layouts[q]), category="buffers", dtype="statistics")
+        summed = self._accumulator(operator, target)
         for step in range(self.axis_sizes["cp"]):
             if step:
                 k, v = self.ring_shift(operator, (k, v), step, out, "forward")
             out.append(
                 Task(
                     f"{self.stage}.{operator.role}.forward", "attention_step.forward", operator.name,
-                    reads=(q, k, v) + ((target, running, saved) if step else ()), writes=(target, running, saved),
+                    reads=(q, k, v) + ((summed, running, saved) if step else ()), writes=(summed, running, saved),
                     attributes=attributes | {"step": step},
                     work=self.attention_work(q, k, self.visible(operator, q, k)),
                 )
@@ -338,10 +344,21 @@ class StageForward:
         out.append(
             Task(
                 f"{self.stage}.layer.attention_finish.forward", "attention_finish.forward", operator.name,
-                reads=(target, running, saved), writes=(target, saved), attributes=attributes,
-                work=Work(elements=self.elements(target), bytes=2 * self.bytes_of(target)),
+                reads=(summed, running, saved), writes=(target, saved), attributes=attributes,
+                work=Work(elements=self.elements(target), bytes=self.bytes_of(summed, target)),
             )
         )  # fmt: skip
+
+    def _accumulator(self, operator: Operator, target: str) -> str:
+        """Where a ring sums its unnormalised output: in the output itself, or in float32 beside one of 16 bits.
+
+        The sum grows with the keys seen, in long sequences beyond float16's range.
+        """
+        if self.item_bytes >= 4:
+            return target
+        name, layouts = f"{operator.name}.accumulator", dict(self.layouts[target])
+        self.declare(name, self.dims[target], layouts, category="buffers", dtype="statistics")
+        return name
 
     def ring_shift(
         self, operator: Operator, names: tuple[str, ...], step: int, out: list[Task], way: str, phase: str = "F",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from planner.plan import Plan
+from planner.plan import Plan, Training
 from planner.program.tasks import Task, Work
 from planner.program.units import Unit
 from planner.shard import offsets, shared_kv_heads
@@ -14,11 +14,20 @@ if TYPE_CHECKING:
 
 TIED = "embedding.tokens.weight"
 MASTER_BYTES = 4  # parameters, gradients and optimizer state are kept in float32
+WORKING_BYTES = 2  # under mixed precision kernels read a copy of the parameters in 16 bits
+MIXED_PRECISIONS = ("float16", "bfloat16", "fp8")
 
 
 def state_bytes(plan: Plan) -> int:
     """Bytes of one master parameter, gradient or moment."""
     return 8 if plan.training.precision == "float64" else MASTER_BYTES
+
+
+def working_bytes(training: Training) -> int:
+    """Bytes of one parameter as kernels read it and as ZeRO gathers it."""
+    if training.precision in MIXED_PRECISIONS:
+        return WORKING_BYTES
+    return 8 if training.precision == "float64" else MASTER_BYTES
 
 
 def tied(plan: Plan, unit: Unit) -> bool:
@@ -37,9 +46,9 @@ def kv_shared(plan: Plan) -> bool:
 
 def unit_task(plan: Plan, unit: Unit, position: int, kind: str, phase: str) -> Task:
     """A task on a whole unit's flat buffer along the joint data axis, for the rank at `position` of it."""
-    item = state_bytes(plan)
-    total = unit.size * item
     gathers = kind in ("parameter_gather", "parameter_all_gather")
+    item = working_bytes(plan.training) if gathers else state_bytes(plan)
+    total = unit.size * item
     payload = unit.shard_sizes[position] * item if gathers else total
     if kind in ("parameter_drop", "gradient_wait"):  # nothing is handed over that was not counted at the start
         payload = 0
@@ -107,6 +116,8 @@ def update_tasks(program: Program) -> list[Task]:
             continue
         kind = "gradient_all_reduce" if plan.zero_stage == 0 else "gradient_reduce_scatter"
         tasks.append(unit_task(plan, unit, position, "gradient_wait" if unit.block in started else kind, "U"))
+    if plan.training.precision == "float16":
+        tasks += _unscale(program)
     if plan.training.clip_norm is not None:
         tasks += _clip(program)
     for unit in program.units:
@@ -124,6 +135,21 @@ def _owned(program: Program, unit: Unit) -> int:
     return unit.shard_sizes[at.dp * plan.mesh.cp + at.cp] if plan.zero_stage else unit.size
 
 
+def _unscale(program: Program) -> list[Task]:
+    """Gradients over the loss scale, and whether any rank's have overflowed, which skips the update on all.
+
+    Micikevicius et al. 2018 (arXiv:1710.03740), section 3.2.
+    """
+    elements = sum(_owned(program, unit) for unit in program.units)
+    streams = 3  # read and written to unscale, read to check
+    return [
+        Task("update.unscale.gradients.update", "gradient_unscale", "gradients", "U",
+             work=Work(elements=elements, bytes=streams * elements * state_bytes(program.plan))),
+        Task("world.all_reduce.overflow.update", "overflow_max", "gradients", "U", axis="world",
+             work=Work(bytes=8, full_bytes=8)),
+    ]  # fmt: skip
+
+
 def _clip(program: Program) -> list[Task]:
     """Global gradient norm (Pascanu et al. 2013): one sum over all ranks, every parameter counted once."""
     elements = sum(_owned(program, unit) for unit in program.units)
@@ -138,8 +164,14 @@ def _clip(program: Program) -> list[Task]:
 
 def _optimizer(program: Program, unit: Unit) -> Task:
     elements, plan = _owned(program, unit), program.plan
-    streams = 7 if plan.training.optimizer == "adamw" else 3  # arrays read and written
     return Task(
         f"update.{_generic(unit.block)}.{plan.training.optimizer}.update", "optimizer", unit.block, "U",
-        gradients=(unit.block,), work=Work(elements=elements, bytes=streams * elements * state_bytes(plan)),
+        gradients=(unit.block,), work=Work(elements=elements, bytes=elements * update_bytes(plan.training)),
     )  # fmt: skip
+
+
+def update_bytes(training: Training) -> int:
+    """Bytes that the update of one parameter reads and writes: state, and the rounded copy under mixed precision."""
+    streams = 7 if training.optimizer == "adamw" else 3
+    state = 8 if training.precision == "float64" else MASTER_BYTES
+    return streams * state + (WORKING_BYTES if training.precision in MIXED_PRECISIONS else 0)

@@ -39,6 +39,7 @@ def experiment_document(found: Outcome) -> dict[str, Any]:
         "columns": found.experiment.columns,
         "rows": [{"label": label, "figures": figures} for label, figures in joined(found).items()],
         "notes": notes(found),
+        "explanation": list(found.explanation),
     }
 
 
@@ -46,7 +47,7 @@ def notes(found: Outcome) -> list[str]:
     """Return what has to be known to read the table."""
     experiment = found.experiment
     said = [experiment.note] if experiment.note else []
-    if experiment.most_ranks > found.cores:
+    if experiment.machine is None and experiment.most_ranks > found.cores:
         said.append(
             f"up to {experiment.most_ranks} ranks share {found.cores} cores here and take turns: no speed-up is "
             "promised beyond the cores; 'own cores' predicts the same machine with a core for every rank"
@@ -59,7 +60,8 @@ def notes(found: Outcome) -> list[str]:
 
 def experiment_view(found: Outcome) -> RenderableType:
     """Return the table and notes of an outcome."""
-    return Group(_table(found), *(Text(f"note: {each}") for each in notes(found)))
+    told = (Text(each) for each in found.explanation)
+    return Group(_table(found), *told, *(Text(f"note: {each}") for each in notes(found)))
 
 
 def _table(found: Outcome) -> Table:

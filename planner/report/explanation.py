@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +15,7 @@ from planner.compare import key_seconds
 from planner.report.suggestion import bounds, choices_text, gain_sentence, mesh_text
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, percent_text, rate_text, seconds_text
-from planner.search.explain import Variation
+from planner.search.explain import Crossing, Variation
 from planner.search.suggest import Ranked, Suggestion
 from planner.trace import Prediction
 
@@ -27,7 +28,10 @@ LARGEST = 3
 
 
 def explanation_document(
-    found: Suggestion, changes: Sequence[Variation], signatures: Assignment | None
+    found: Suggestion,
+    changes: Sequence[Variation],
+    signatures: Assignment | None,
+    transports: Sequence[Crossing] = (),
 ) -> dict[str, Any]:
     """Return the explanation as JSON."""
     best = found.plans[0].prediction
@@ -35,6 +39,7 @@ def explanation_document(
         "runner_up": gain_sentence(found, 1) if len(found.plans) > 1 else None,
         "bounds": list(_bounds(best)),
         "variations": [_change_document(each, best) for each in changes],
+        "transports": [msgspec.to_builtins(each) for each in transports],
         "signatures": None
         if signatures is None
         else {
@@ -63,11 +68,16 @@ def _change_document(change: Variation, before: Prediction) -> dict[str, Any]:
 
 
 def explanation_view(
-    found: Suggestion, changes: Sequence[Variation], signatures: Assignment | None, ties: int = 1
+    found: Suggestion,
+    changes: Sequence[Variation],
+    signatures: Assignment | None,
+    ties: int = 1,
+    transports: Sequence[Crossing] = (),
 ) -> RenderableType:
     """Return the explanation for people."""
     best = found.plans[0]
     parts: list[RenderableType] = [Text(sentence) for sentence in _bounds(best.prediction)]
+    parts += [Text(sentence) for sentence in transport_sentences(transports)]
     if ties > 1:  # else the suggestion has said so
         parts.append(Text(f"The runner-up, though tied: {gain_sentence(found, 1)}"))
     if signatures is not None:
@@ -84,6 +94,21 @@ def _bounds(best: Prediction) -> Iterator[str]:
     largest = sorted(totals, key=lambda key: -totals[key])[:LARGEST]
     told = ", ".join(f"{key} {percent_text(totals[key] / best.step_seconds)}" for key in largest)
     yield f"What a rank spends most of the step on, over all its layers: {told}."
+
+
+def transport_sentences(crossings: Sequence[Crossing]) -> Iterator[str]:
+    """Yield what of the communication is staging, and what the plan would take over the other transports."""
+    for each in crossings:
+        if each.used and each.staging_seconds:
+            share = percent_text(each.staging_seconds / each.communication_seconds)
+            copies = f"{seconds_text(each.staging_seconds)} ({share})"
+            whole = seconds_text(each.communication_seconds)
+            yield f"Of the {whole} that a rank communicates, {copies} are copies between GPU and host, and sums there."
+    others = [f"{seconds_text(each.step_seconds)} over {each.transport}" for each in crossings if not each.used]
+    if others:
+        used = next(each for each in crossings if each.used)
+        taken = seconds_text(used.step_seconds)
+        yield f"The step of #1 takes {taken} over {used.transport}; it would take {' and '.join(others)}."
 
 
 def signature_sentence(found: Assignment, best: Ranked) -> str:

@@ -65,6 +65,9 @@ def machine_document(machine: Machine, own: str | None) -> dict[str, Any]:
         "devices_per_host": machine.devices_per_host,
         "memory_bytes": machine.device.memory_bytes,
         "peak_flops_per_second": {str(key): value for key, value in machine.device.peak_flops_per_second.items()},
+        "transports": sorted({machine.transport_in_use, *machine.transports}),
+        "dollars_per_hour": machine.device.dollars_per_hour,
+        "price_provenance": machine.device.price_provenance,
         "description": machine.description,
         "provenance": machine.device.provenance,
     }

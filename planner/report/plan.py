@@ -19,6 +19,13 @@ from planner.report.suggestion import choices_text, mesh_text, num_micro_batches
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, count_text
 
+TRANSPORT_WORDS = {
+    "host": "MPI between CPU ranks",
+    "staged": "GPU to pinned host memory, MPI, and back",
+    "cuda-aware": "MPI on device buffers",
+    "nccl": "NCCL, one GPU a rank",
+}
+
 
 def plan_document(plan: Plan) -> dict[str, Any]:
     """Return a plan with what follows from it as JSON."""
@@ -50,6 +57,7 @@ def _facts(plan: Plan) -> Table:
         ("batch", f"{plan.global_batch_size} sequences: {_runs(plan.parts.batch)} over dp, micro-batches of "
          f"{plan.micro_batch_size}, at most {num_micro_batches(plan)} a replica"),
         ("choices", choices_text(plan)),
+        ("transport", f"{plan.transport}: {TRANSPORT_WORDS[plan.transport]}"),
         ("training", f"{training.optimizer}, lr {training.learning_rate:g}, dropout {training.dropout:g}, "
          f"{training.precision}, seed {training.seed}, {training.threads_per_rank} threads a rank"),
     )  # fmt: skip
@@ -104,7 +112,7 @@ def movements_text(movements: Iterable[Movement]) -> str:
 
 
 def _collectives(plan: Plan) -> Table:
-    table = new_table("handed to MPI per step")
+    table = new_table("handed to NCCL per step" if plan.transport == "nccl" else "handed to MPI per step")
     table.add_column("rank")
     table.add_column("key")
     table.add_column("calls", justify="right")

@@ -54,7 +54,10 @@ def _figures(record: Record, title: str) -> Table:
     table.add_row("peak memory", f"{bytes_text(record.peak_bytes[fullest])} on rank {fullest}: {', '.join(parts)}")
     if isinstance(record, Measurement) and record.losses:
         first, last = record.losses[0], record.losses[-1]
-        table.add_row("loss", f"{first:.4f} at first, {last:.4f} after {len(record.losses)} steps")
+        table.add_row("loss", f"{_loss(first)} at first, {_loss(last)} after {len(record.losses)} steps")
+        if record.loss_scales:
+            skipped = f"{len(record.skipped_steps)} of {len(record.losses)} steps skipped"
+            table.add_row("loss scale", f"{record.loss_scales[-1]:g} in the last step, {skipped}")
     if isinstance(record, Prediction):
         for warning in record.warnings:
             table.add_row("warning", warning)
@@ -87,3 +90,8 @@ def _operators(record: Record) -> Table:
         total = sum(seconds[key] for key in rest)
         table.add_row(f"{len(rest)} more", "", seconds_text(total), percent_text(total / record.step_seconds), "")
     return table
+
+
+def _loss(value: float | None) -> str:
+    """A loss in words; one that overflowed is none."""
+    return "not a number" if value is None else f"{value:.4f}"

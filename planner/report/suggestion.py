@@ -17,7 +17,7 @@ from planner.report.units import bytes_text, count_text, percent_text, rate_text
 from planner.search.suggest import Ranked, Suggestion
 from planner.trace import Prediction
 
-_PLACE_NAMES = {
+PLACE_NAMES = {
     "compute": "compute",
     "tp": "tp communication",
     "cp": "cp communication",
@@ -27,7 +27,7 @@ _PLACE_NAMES = {
     "bubble": "pipeline bubble",
     "overhead": "overhead",
 }
-_MATTERS = 0.005  # differences below this share of the step are not told
+MATTERS = 0.005  # differences below this share of the step are not told
 _SHOWN = 0.0005  # places that take less than this share in every plan have no column
 
 
@@ -59,6 +59,7 @@ def _plan_document(rank: int, ranked: Ranked) -> dict[str, Any]:
         "cp_kind": plan.cp_kind,
         "overlap_gradients": plan.overlap_gradients,
         "attention": plan.attention,
+        "transport": plan.transport,
         "stage_layers": list(plan.stage_layers),
         "plan_hash": prediction.plan_hash,
         "step_seconds": prediction.step_seconds,
@@ -205,9 +206,9 @@ def gain_sentence(found: Suggestion, place: int) -> str:
     names = f"#1 ({mesh_text(first.plan)}) over #{place + 1} ({mesh_text(second.plan)})"
     ours, theirs = breakdown(first.prediction), breakdown(second.prediction)
     gains = {place: theirs[place] - ours[place] for place in PLACES}
-    told = sorted((p for p in PLACES if abs(gains[p]) >= _MATTERS * step), key=lambda p: -abs(gains[p]))
-    less = [f"{seconds_text(gains[p])} less {_PLACE_NAMES[p]}" for p in told if gains[p] > 0]
-    more = [f"{seconds_text(-gains[p])} more {_PLACE_NAMES[p]}" for p in told if gains[p] < 0]
+    told = sorted((p for p in PLACES if abs(gains[p]) >= MATTERS * step), key=lambda p: -abs(gains[p]))
+    less = [f"{seconds_text(gains[p])} less {PLACE_NAMES[p]}" for p in told if gains[p] > 0]
+    more = [f"{seconds_text(-gains[p])} more {PLACE_NAMES[p]}" for p in told if gains[p] < 0]
     reasons = [", ".join(each) for each in (less, more) if each]
     why = f": {', though '.join(reasons)}" if reasons else ""
     way = "faster" if other >= step else "slower"
@@ -218,8 +219,8 @@ def bounds(prediction: Prediction) -> Iterator[str]:
     """Yield what bounds a plan: its largest terms, and its memory."""
     places = breakdown(prediction)
     step = prediction.step_seconds
-    largest = sorted((place for place in PLACES if places[place] > _MATTERS * step), key=lambda p: -places[p])
-    told = ", ".join(f"{_PLACE_NAMES[p]} {seconds_text(places[p])} ({percent_text(places[p] / step)})" for p in largest)
+    largest = sorted((place for place in PLACES if places[place] > MATTERS * step), key=lambda p: -places[p])
+    told = ", ".join(f"{PLACE_NAMES[p]} {seconds_text(places[p])} ({percent_text(places[p] / step)})" for p in largest)
     yield f"The step of #1 is {told}."
     peak = max(range(len(prediction.peak_bytes)), key=prediction.peak_bytes.__getitem__)
     parts = {part: sizes[peak] for part, sizes in prediction.peak_parts.items() if sizes[peak]}

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.compare import PLACES, breakdown
 from planner.report.chart import (
     COLOURS,
     MOST_TICKS,
@@ -23,7 +24,7 @@ from planner.report.chart import (
     page,
     text,
 )
-from planner.report.suggestion import choices_text, mesh_text
+from planner.report.suggestion import MATTERS, PLACE_NAMES, choices_text, mesh_text
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, count_text, percent_text, rate_text, seconds_text
 from planner.search.sweep import Point, Sweep
@@ -38,6 +39,7 @@ def sweep_document(found: Sweep) -> dict[str, Any]:
         "scaling": "weak" if found.weak else "strong",
         "tokens": found.tokens,
         "dollars_per_hour": found.dollars_per_hour,
+        "price_provenance": found.price_provenance,
         "points": [_document(point) for point in found.points],
     }
 
@@ -59,22 +61,37 @@ def _document(point: Point) -> dict[str, Any]:
         "efficiency": point.efficiency,
         "mfu": prediction.mfu,
         "peak_bytes": max(prediction.peak_bytes),
+        "transport": plan.transport,
+        "breakdown_seconds": breakdown(prediction),
         "days": point.days,
         "dollars": point.dollars,
         "warnings": prediction.warnings,
     }
 
 
-def sweep_view(found: Sweep) -> RenderableType:
-    """Return the table of a sweep with a bar of efficiency per row, and its warnings."""
+def sweep_view(found: Sweep, *, explain: bool = False) -> RenderableType:
+    """Return the table of a sweep with a bar of efficiency per row, its price, what bounds each point, its warnings."""
     parts: list[RenderableType] = [_table(found)]
+    parts += [Text(sentence) for sentence in bound_sentences(found)] if explain else []
     missing = [point for point in found.points if point.best is None]
     parts += [Text(f"{point.workers} workers: {point.reason}") for point in missing]
     if found.tokens is not None and found.dollars_per_hour is None:
         parts.append(Text("no price: the profile has no device.dollars_per_hour; give --dollars-per-hour"))
+    elif found.tokens is not None and found.price_provenance:
+        parts.append(Text(f"price: ${found.dollars_per_hour:.2f} a device and hour; {found.price_provenance}"))
     warnings = {warning for point in found.points if point.best for warning in point.best.prediction.warnings}
     parts += [Text(f"warning: {warning}") for warning in sorted(warnings)[:5]]
     return Group(*parts)
+
+
+def bound_sentences(found: Sweep) -> Iterator[str]:
+    """Yield what the step of every point is spent on, largest first."""
+    for point in found.points:
+        if point.best is not None:
+            places, step = breakdown(point.best.prediction), point.best.prediction.step_seconds
+            largest = sorted((p for p in PLACES if places[p] > MATTERS * step), key=lambda p: -places[p])
+            told = ", ".join(f"{PLACE_NAMES[p]} {percent_text(places[p] / step)}" for p in largest)
+            yield f"{count_text(point.workers)} workers: {told}"
 
 
 def _table(found: Sweep) -> Table:

@@ -1,6 +1,7 @@
 """Explain: how the answer of a search would change on half or double the network, the memory or the batch.
 
 Each change asks the whole question again, so that what is told is the best plan there, not the same plan elsewhere.
+Transports are compared on the plan as it is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from planner.compare import key_seconds
 from planner.errors import MeshwrightError
-from planner.machine import Link, Machine
+from planner.machine import TRANSPORTS, Link, Machine, Transport
 from planner.plan import Plan
 from planner.predict import predict
 from planner.search.request import SearchRequest
 from planner.search.suggest import Ranked, Suggestion
+from planner.trace import Prediction, is_communication
 
 if TYPE_CHECKING:
     from planner.search.assign import Assignment
@@ -59,6 +62,57 @@ def variations(request: SearchRequest, found: Suggestion) -> Iterator[Variation]
             changed = _changed(request, what, factor)
             if changed is not None:
                 yield _vary(changed, best, what, factor)
+
+
+class Crossing(msgspec.Struct, frozen=True, kw_only=True):
+    """What one plan takes over one transport.
+
+    Attributes:
+        transport: The transport.
+        used: Whether the plan names it.
+        step_seconds: Of the plan over it.
+        communication_seconds: Of all collectives and messages of a rank, hidden ones included, mean over ranks.
+        staging_seconds: Those of them that are copies between device and host memory, or sums in it.
+    """
+
+    transport: Transport
+    used: bool
+    step_seconds: float
+    communication_seconds: float
+    staging_seconds: float
+
+
+def crossings(plan: Plan, machine: Machine) -> list[Crossing]:
+    """Predict a plan over every transport that its machine has figures for and its ranks can use.
+
+    Empty for one rank, and where there is nothing to choose between.
+    """
+    known = [t for t in TRANSPORTS if t in {machine.transport_in_use, *machine.transports} and machine.suits(t)]
+    if machine.ranks_per_device(plan.mesh.world_size) > 1:
+        known = [transport for transport in known if transport != "nccl"]
+    if plan.mesh.world_size == 1 or len(known) < 2:
+        return []
+    return [_crossing(plan, machine.over(transport), transport) for transport in known]
+
+
+def _crossing(plan: Plan, machine: Machine, transport: Transport) -> Crossing:
+    over = msgspec.structs.replace(plan, transport=transport)
+    prediction = predict(over, machine)
+    moving = _communication_seconds(prediction)
+    copies = 0.0
+    if machine.staging is not None:  # what is left without the copies is MPI's
+        copies = moving - _communication_seconds(predict(over, msgspec.structs.replace(machine, staging=None)))
+    return Crossing(
+        transport=transport,
+        used=transport == plan.transport,
+        step_seconds=prediction.step_seconds,
+        communication_seconds=moving,
+        staging_seconds=copies,
+    )
+
+
+def _communication_seconds(prediction: Prediction) -> float:
+    return sum(seconds for key, seconds in key_seconds(prediction).items() if is_communication(key))
 
 
 def _changed(request: SearchRequest, what: str, factor: float) -> SearchRequest | None:

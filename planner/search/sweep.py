@@ -52,6 +52,7 @@ class Sweep:
     points: tuple[Point, ...]
     tokens: float | None
     dollars_per_hour: float | None
+    price_provenance: str = ""
 
     @property
     def base(self) -> Point | None:
@@ -118,7 +119,8 @@ def sweep(
     points = _points(answers, tokens, price)
     if all(point.best is None for point in points):
         raise PlanError(f"nothing fits on any of {', '.join(map(str, workers))} workers: {points[-1].reason}")
-    return Sweep(weak, points, tokens, price)
+    origin = "given" if dollars_per_hour is not None else request.machine.device.price_provenance
+    return Sweep(weak, points, tokens, price, origin if price is not None else "")
 
 
 def _points(

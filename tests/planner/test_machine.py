@@ -23,6 +23,7 @@ from planner.machine import (
 
 DATASHEETS = ["a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200"]
 PUBLISHED = [
+    "staged-mpi-node",
     "eos-h100-80gb",
     "jean-zay-a100-80gb",
     "selene-a100-80gb",

@@ -117,7 +117,15 @@ def test_the_command_prints_and_draws(folder, capsys):
     document = json.loads(capsys.readouterr().out)
     assert [point["workers"] for point in document["points"]] == [2, 4, 8]
     assert all(point["step_seconds"] > 0 and point["days"] > 0 for point in document["points"])
-    assert document["points"][0]["dollars"] is None
+    assert document["dollars_per_hour"] == load_machine("a100-80gb").device.dollars_per_hour
+    assert "p4de.24xlarge" in document["price_provenance"]
+    first = document["points"][0]
+    assert first["dollars"] == pytest.approx(first["days"] * 24 * 2 * document["dollars_per_hour"])
+    assert sum(first["breakdown_seconds"].values()) == pytest.approx(first["step_seconds"])
+    assert frame.run([*line.split()[:-1], "--explain"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"price: ${document['dollars_per_hour']:.2f} a device and hour; AWS p4de.24xlarge" in shown
+    assert all(f" {workers} workers: " in shown for workers in (2, 4, 8))
     figure = ET.parse(folder / "curve.svg").getroot()
     dots = figure.findall("{http://www.w3.org/2000/svg}circle")
     assert len(dots) == 3 * 3  # speedup, efficiency, MFU at three numbers of workers
