@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from planner.cost.memory import MIXED_PRECISIONS
+from planner.cost.framework import done_fraction
 from planner.cost.price import (
     COLLECTIVES,
     FREE,
@@ -35,6 +35,7 @@ from planner.cost.skeleton import COMPUTE_OPS, Skeleton
 from planner.machine import Machine
 from planner.mesh import Coordinate
 from planner.program import Task, Work
+from planner.program.update import MIXED_PRECISIONS
 
 Floats = NDArray[np.float64]
 Sparse = Any  # scipy's sparse matrices have no useful static type
@@ -49,6 +50,8 @@ class _Formula(NamedTuple):
     precision: str
     threads: int
     flag: bool
+    axis: str | None = None
+    key: str = ""  # of a task that computes again, whose price depends on whose output it makes
 
 
 @dataclass
@@ -129,7 +132,7 @@ class Bulk:
     def _number(self, task: Task, at: Coordinate, pricer: Pricer) -> int:
         """The number of a distinct task; -1 for one that takes no time."""
         plan, work = pricer.plan, task.work
-        if task.kind in FREE:
+        if task.kind in FREE or not done_fraction(self.machine, task):
             return -1
         if task.kind in COLLECTIVES:
             place = pricer.place(task, at)
@@ -137,7 +140,7 @@ class Bulk:
                 return -1
             mixed = pricer.precision in MIXED_PRECISIONS
             scattered = task.kind == "gradient_start" and plan.zero_stage > 0
-            formula = _Formula("group", task.kind, "mixed" if mixed else "", 0, scattered)
+            formula = _Formula("group", task.kind, "mixed" if mixed else "", 0, scattered, task.axis, _again(task))
             return self._intern(
                 formula, (float(work.full_bytes), float(place.size), float(place.on_host), float(place.concurrent))
             )
@@ -148,7 +151,7 @@ class Bulk:
             formula = _Formula("message", "", "", 0, False)
             return self._intern(formula, (float(work.full_bytes), float(same), float(pricer.ranks_per_host), 1.0))
         precision = task_precision(task, pricer.precision)
-        formula = _Formula("compute", task.kind, precision, plan.training.threads_per_rank, False)
+        formula = _Formula("compute", task.kind, precision, plan.training.threads_per_rank, False, key=_again(task))
         return self._intern(formula, tuple(float(getattr(work, name)) for name in WORK_FIELDS))
 
     def _message(self, payload_bytes: int, same: bool, pricer: Pricer) -> int:
@@ -163,10 +166,11 @@ class Bulk:
         for formula, column in self._columns.items():
             table = np.array(column.rows).T
             if formula.family == "compute":
-                task = Task("", formula.kind, "", work=Work(*table))
+                task = Task(formula.key, formula.kind, "", work=Work(*table))
                 seconds = compute_seconds(machine, task, formula.precision, formula.threads)
             elif formula.family == "group":
-                task = Task("", formula.kind, "", work=Work(full_bytes=table[0]))
+                work = Work(full_bytes=table[0])
+                task = Task(formula.key, formula.kind, "", axis=formula.axis, work=work)
                 place = Place(*table[1:])
                 seconds = group_seconds(
                     machine, task, place, scattered=formula.flag, mixed=formula.precision == "mixed"
@@ -189,6 +193,10 @@ class Bulk:
         found[self._units] = total[self._of] - self._less * own[self._of]
         found[self._exchange] = machine.overheads.exchange_seconds
         return found
+
+
+def _again(task: Task) -> str:
+    return "." + task.key.partition(".")[2] if task.key.endswith(".recompute") else ""
 
 
 class _Counts:

@@ -26,12 +26,12 @@ def gemm_seconds(
     """Return the time of `batch` products [m, k] x [k, n].
 
     Roofline (Williams et al. 2009): the larger of arithmetic at the reached rate and traffic at memory bandwidth, plus
-    one call. The reached rate is `fraction` x peak, lowered by edges and start-up, (1 + half/size) in each dimension
-    (Hockney & Jesshope's n_half), and by tile and wave quantization where the profile names tiles: the output is
-    covered by whole tiles, and tiles run in whole waves of one per multiprocessor (NVIDIA, "Matrix Multiplication
-    Background User's Guide"). The library takes the fastest tile. Dimensions that are not multiples of 16 bytes run at
-    the profile's `misaligned_rate` (the same guide, section "Tensor Core Requirements"). `curve` stands in for the
-    profile's curve of the precision.
+    one call and, on several threads, their start. The reached rate is `fraction` x peak, lowered by edges and start-up,
+    (1 + half/size) in each dimension (Hockney & Jesshope's n_half), and by tile and wave quantization where the profile
+    names tiles: the output is covered by whole tiles, and tiles run in whole waves of one per multiprocessor (NVIDIA,
+    "Matrix Multiplication Background User's Guide"). The library takes the fastest tile. Dimensions that are not
+    multiples of 16 bytes run at the profile's `misaligned_rate` (the same guide, section "Tensor Core Requirements").
+    `curve` stands in for the profile's curve of the precision.
 
     Raises:
         MachineError: the machine has no peak for the precision.
@@ -46,7 +46,8 @@ def gemm_seconds(
         arithmetic = np.where(odd, arithmetic / curve.misaligned_rate, arithmetic)
     moved = np.multiply(batch, (np.multiply(m, k) + np.multiply(k, n)) * element + np.multiply(m, n) * max(2, element))
     work = np.multiply(m, n) * np.multiply(k, batch)
-    return if_any(work, np.maximum(arithmetic, traffic_seconds(machine, moved)) + machine.device.call_seconds)
+    call = machine.device.call_seconds + np.where(np.greater(threads, 1), machine.host.thread_call_seconds, 0.0)
+    return if_any(work, np.maximum(arithmetic, traffic_seconds(machine, moved)) + call)
 
 
 def _padded_flops(curve: GemmCurve, multiprocessors: int, m: Size, n: Size, k: Size, batch: Size) -> Seconds:
@@ -196,9 +197,14 @@ def slowest_host_factor(machine: Machine, hosts: Size) -> Seconds:
 
 
 def oversubscription_factor(machine: Machine, ranks_per_host: Size, threads_per_rank: Size = 1) -> Seconds:
-    """Return by how much computing slows when a host's ranks times threads outnumber its cores (1 when they do not)."""
+    """Return by how much computing slows when a host's ranks times threads outnumber its cores (1 when they do not).
+
+    GPU ranks beyond one per device take turns on it as well.
+    """
     load = np.multiply(ranks_per_host, threads_per_rank) / machine.host.cores
-    return np.asarray(np.where(load > 1, load * machine.host.oversubscription_slowdown, 1.0))[()]
+    slow = np.where(load > 1, load * machine.host.oversubscription_slowdown, 1.0)
+    turns = np.ceil(np.divide(ranks_per_host, machine.host.devices)) if machine.device.kind == "gpu" else 1.0
+    return np.asarray(np.maximum(slow, turns))[()]
 
 
 def _thread_speedup(machine: Machine, threads: Size) -> Seconds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,11 @@ from planner.program.liveness import needed
 from planner.program.rank import ITEM_BYTES
 from planner.program.tasks import Buffer
 from planner.program.units import Unit
-from planner.program.update import state_bytes, tied
+from planner.program.update import MIXED_PRECISIONS, state_bytes, tied, working_bytes
 from planner.trace import PARTS
 
 if TYPE_CHECKING:
     from planner.cost.skeleton import Skeleton
-
-MIXED_PRECISIONS = ("float16", "bfloat16", "fp8")
 
 
 @dataclass
@@ -59,7 +57,9 @@ class Stored:
     optimizer: float
     probability: float  # per attention probability
     logit: float
-    mixed: bool = False  # as a framework keeps them in 16 bits or fp8, not as our executor does
+    framed: bool = False  # as a framework keeps them in 16 bits or fp8, not as our executor does
+    placeholder: float = 0.0  # per element of every distinct shape of weight
+    kept: Mapping[str, float] = field(default_factory=dict)  # share of outputs kept under recomputation, by kind
 
     @classmethod
     def of(cls, plan: Plan, framework: Framework | None = None) -> Stored:
@@ -68,7 +68,9 @@ class Stored:
         moments = (2 if plan.training.optimizer == "adamw" else 0) * item
         compute = ITEM_BYTES[plan.training.precision]
         if framework is None or plan.training.precision not in MIXED_PRECISIONS or framework.parameter_bytes is None:
-            return cls(item, item, moments, compute, compute)
+            working = working_bytes(plan.training)
+            master = item if working < item and not plan.forward_only else 0
+            return cls(working, item, moments + master, compute, compute)
         gradient = framework.gradient_bytes or item
         return cls(
             framework.parameter_bytes,
@@ -76,7 +78,9 @@ class Stored:
             framework.optimizer_bytes or moments,
             framework.probability_bytes or compute,
             framework.logit_bytes or compute,
-            mixed=True,
+            framed=True,
+            placeholder=framework.parameter_bytes if framework.placeholder_gradients else 0.0,
+            kept={kind: 1 - share for kind, share in framework.recomputed_fraction.items()},
         )
 
 
@@ -87,19 +91,22 @@ def state_parts(plan: Plan, unit: Unit, position: int, stored: Stored | None = N
     """
     stored, stage = stored or Stored.of(plan), plan.zero_stage
     owned = unit.shard_sizes[position] if stage else unit.size
-    if stored.mixed:
-        return _mixed_state_parts(plan, unit, owned, stored)
+    if stored.framed:
+        return _framed_state_parts(plan, unit, owned, stored)
     item = state_bytes(plan)
-    parts = {"parameters": (owned if stage == 3 else unit.size) * item}
+    kept = unit.size if stage < 3 else owned
+    if stage == 3 and stored.parameter < item and not plan.forward_only:
+        kept = 0  # the working copy is rounded from the master parameters whenever a unit is gathered
+    parts = {"parameters": int(kept * stored.parameter)}
     if plan.forward_only:
         return parts
     whole = unit.size * item if stage < 2 or tied(plan, unit) else 0
     parts["gradients"] = whole + (owned * item if stage else 0)
-    parts["optimizer"] = (2 if plan.training.optimizer == "adamw" else 0) * owned * item
+    parts["optimizer"] = int(owned * stored.optimizer)
     return parts
 
 
-def _mixed_state_parts(plan: Plan, unit: Unit, owned: int, stored: Stored) -> dict[str, int]:
+def _framed_state_parts(plan: Plan, unit: Unit, owned: int, stored: Stored) -> dict[str, int]:
     """State under mixed precision: 16-bit parameters and gradients beside sharded master parameters and moments."""
     stage = plan.zero_stage
     parts = {"parameters": int((owned if stage == 3 else unit.size) * stored.parameter)}
@@ -118,7 +125,19 @@ def _standing(program: Program, stored: Stored) -> _Walk:
     for unit in program.units:
         for part, nbytes in state_parts(plan, unit, position, stored).items():
             walk.change(part, nbytes)
+    if not plan.forward_only:
+        walk.change("gradients", _placeholder_bytes(program, stored))
     return walk
+
+
+def _placeholder_bytes(program: Program, stored: Stored) -> int:
+    """Bytes that stand for the layers' weight gradients where a kernel has added them to the sums already.
+
+    Autograd wants a gradient of every weight; Transformer Engine hands out one cached tensor per distinct shape.
+    """
+    slots = [slot for unit in program.units if unit.block.startswith("layers") for slot in unit.slots]
+    shapes = {slot.shape for slot in slots if len(slot.shape) > 1}
+    return int(sum(math.prod(shape) for shape in shapes) * stored.placeholder)
 
 
 def peak_memory(program: Program, framework: Framework | None = None) -> Peak:
@@ -126,7 +145,7 @@ def peak_memory(program: Program, framework: Framework | None = None) -> Peak:
     plan = program.plan
     stored = Stored.of(plan, framework)
     walk = _standing(program, stored)
-    units = {unit.block: unit for unit in program.units}
+    units = _by_name(program.units)
     known: dict[tuple[int, frozenset[str]], tuple[_Walk, frozenset[str]]] = {}  # equal micro-batches share their tasks
     gradients: frozenset[str] = frozenset()
     for step in program.steps:
@@ -181,7 +200,7 @@ class _Ledger:
     def of(cls, skeleton: Skeleton, rank: int, stored: Stored) -> _Ledger:
         """The ledger of a representative's short program."""
         program = skeleton.programs[rank]
-        units = {unit.block: unit for unit in program.units}
+        units = _by_name(program.units)
         ledger = cls(_row(_standing(program, stored).live), _Walk(), {}, {}, {}, {})
         stages = skeleton.schedule.stages_of(rank)
         left: dict[int, frozenset[str]] = {}
@@ -268,6 +287,12 @@ def _step(
                 walk.change(buffers[root].category, _bytes(buffers[root], program.plan, stored))
             held.add(root)
         _unit_memory(program.plan, task, units, walk, gradient, stored)
+        if stored.placeholder and task.kind == "linear.backward_weight" and ".head." in task.key:
+            nbytes = int(task.work.m * task.work.n * stored.placeholder)  # made anew by the output layer each time
+            walk.change("gradients", nbytes)
+            walk.change("gradients", -nbytes)
+        if stored.kept and program.plan.recompute == "full":
+            _kept(program.plan, task, step.op, buffers, walk, stored)
         if task.kind == "handoff":
             _hand_over(program.plan, task, buffers, walk, stored)
             continue
@@ -278,11 +303,27 @@ def _step(
     return walk, frozenset(gradient)
 
 
+def _kept(plan: Plan, task: Task, op: str, buffers: dict[str, Buffer], walk: _Walk, stored: Stored) -> None:
+    """Outputs that a framework's policy keeps although the plan computes them again: held from F until then."""
+    layer, way = ".layer." in task.key, task.key.rpartition(".")[2]
+    share = next((kept for kind, kept in stored.kept.items() if task.kind.startswith(kind)), 0.0)
+    if share and layer and (op, way) in (("F", "forward"), ("B", "recompute"), ("I", "recompute")):
+        roots = {buffers[name].root for name in task.writes if name in buffers}
+        nbytes = sum(_bytes(buffers[root], plan, stored) for root in roots)
+        walk.change("activations", int(share * nbytes) * (1 if op == "F" else -1))
+
+
 def _hand_over(plan: Plan, task: Task, buffers: dict[str, Buffer], walk: _Walk, stored: Stored) -> None:
     """The next stage on this rank holds the buffer too; where the giver keeps it, both will count it freed."""
     buffer = buffers[buffers[task.name].root]
     if not task.frees:
         walk.change(buffer.category, _bytes(buffer, plan, stored))
+
+
+def _by_name(units: Sequence[Unit]) -> dict[str, Unit]:
+    """Units by the names of their blocks and of their parameters."""
+    found = {unit.block: unit for unit in units}
+    return found | {slot.parameter.name: unit for unit in units for slot in unit.slots}
 
 
 def _unit_memory(
@@ -295,7 +336,7 @@ def _unit_memory(
         sign = 1 if task.kind == "parameter_gather" else -1
         walk.change("buffers", sign * int(units[task.name].size * stored.parameter))
     for name in task.gradients:
-        unit = next((u for u in units.values() if any(s.parameter.name == name for s in u.slots)), None)
+        unit = units.get(name)
         if unit and task.kind != "optimizer" and unit.block not in gradient and not tied(plan, unit):
             gradient.add(unit.block)
             walk.change("gradients", int(unit.size * stored.gradient))

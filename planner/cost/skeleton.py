@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost.price import FREE, Pricer
+from planner.cost.price import FREE, Pricer, plan_over
 from planner.machine import Machine
 from planner.mesh import Coordinate
 from planner.plan import Plan
@@ -99,8 +99,9 @@ class Skeleton:
     def of(cls, plan: Plan, machine: Machine) -> Skeleton:
         """Lay out the distinct stretches of a plan and the table of its step on a machine.
 
-        Of the machine only facts matter: ranks per host, and whether messages block.
+        Of the machine only facts matter: ranks per host, transport, and whether messages block.
         """
+        plan = plan_over(plan, machine)
         skeleton = cls(plan, make_schedule(plan, 0))
         _Builder(skeleton, Pricer(plan, machine)).run()
         return skeleton

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -32,70 +33,45 @@ from planner.cost.memory import pipeline_peaks
 from planner.cost.skeleton import Skeleton
 from planner.errors import DataError, MachineError
 from planner.machine import Machine
+from planner.published.figures import MEMORY_FIGURES, Figure, fittable
 from planner.published.rows import PublishedRow
 
 Floats = NDArray[np.float64]
 
 
-class Figure(NamedTuple):
-    """A figure that may be fitted: its dotted path, the width of its prior (natural logarithm), its largest value."""
-
-    path: str
-    log_sigma: float
-    largest: float = math.inf
-
-
-FIGURES = (
-    Figure("device.gemm.default.fraction", 0.12, 0.97),
-    Figure("device.gemm.default.half_depth", 1.0),
-    Figure("device.gemm.default.misaligned_rate", 0.7, 1.0),
-    Figure("device.gemm.fp8.fraction", 0.2, 0.97),
-    Figure("device.batched_gemm.fraction", 0.4, 0.97),
-    Figure("device.batched_gemm.misaligned_rate", 0.7, 1.0),
-    Figure("device.attention_fraction.default", 0.3, 0.97),
-    Figure("device.attention_backward_fraction.default", 0.3, 0.97),
-    Figure("device.kernels.default.bandwidth_fraction", 0.2, 1.0),
-    Figure("device.kernels.softmax.bandwidth_fraction", 0.3, 1.0),
-    Figure("device.kernels.optimizer.bandwidth_fraction", 0.3, 1.0),
-    Figure("device.kernels.cast.bandwidth_fraction", 0.5, 1.0),
-    Figure("link_in_host.efficiency.default", 0.25, 1.0),
-    Figure("link_in_host.latency_seconds", 1.0),
-    Figure("link_in_host.call_seconds", 0.8),
-    Figure("link_between_hosts.efficiency.default", 0.3, 1.0),
-    Figure("link_between_hosts.latency_seconds", 0.8),
-    Figure("overheads.dispatch_seconds", 0.8),
-    Figure("overheads.collective_dispatch_seconds", 1.0),
-    Figure("overheads.micro_batch_seconds", 1.0),
-    Figure("overheads.step_seconds", 1.0),
-    Figure("overheads.exchange_seconds", 1.0),
-    Figure("overheads.host_speed_sigma", 0.3),
-    Figure("overheads.overlap_fraction", 0.3, 1.0),
-)
-"""What a fit may move; a figure that the profile lacks, or has at zero, is left out."""
-
-
-class MemoryFigure(NamedTuple):
-    """A memory figure that may be fitted, and the kind of measurement that first shows it."""
-
-    path: str
-    log_sigma: float
-    kind: str
-
-
-MEMORY_FIGURES = (
-    MemoryFigure("memory.activation_fraction", 0.3, "allocated"),
-    MemoryFigure("memory.workspace_bytes", 1.0, "allocated"),
-    MemoryFigure("memory.fragmentation_fraction", 0.7, "reserved"),
-    MemoryFigure("memory.context_bytes", 0.5, "nvidia-smi"),
-)
-
-LOSS_SCALE = 0.03  # relative error at which a row's pull stops growing
+LEAST_LOG_SIGMA = 0.02  # two sites with the same hosts and software differ by 1.5% (MLPerf 3.0, 768 GPUs)
 ROUNDS = 4
 FOLDS = 5
 RANGED = {
     "model": ("hidden", "layers", "seq_len"),
     "mesh": ("pp", "dp", "cp", "tp"),
 }
+
+
+def _soft_l1(residuals: Floats) -> Floats:
+    """The soft-L1 loss as a residual: grows like the root of an error beyond the scale (Charbonnier et al. 1994)."""
+    return np.asarray(np.sign(residuals) * np.sqrt(2 * (np.sqrt(1 + residuals**2) - 1)))
+
+
+def _cauchy(residuals: Floats) -> Floats:
+    """Cauchy's loss as a residual: an error far beyond the scale hardly pulls at all (Black & Anandan 1996)."""
+    return np.asarray(np.sign(residuals) * np.sqrt(np.log1p(residuals**2)))
+
+
+class Loss(NamedTuple):
+    """What turns relative errors into residuals, and the error at which a row's pull stops growing."""
+
+    name: str
+    scale: float
+    residual: Callable[[Floats], Floats]
+
+    def __call__(self, errors: Floats) -> Floats:
+        """Residuals of logarithmic errors."""
+        return self.residual(errors / self.scale)
+
+
+LOSSES = (Loss("soft-l1", 0.03, _soft_l1), Loss("cauchy", 0.05, _cauchy))
+"""Rows that scatter want the first; the second lets go of rows that ran something else than their columns say."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +102,32 @@ class Problem:
 
     machine: Machine
     rows: list[PublishedRow]
+    loss: Loss = field(default_factory=lambda: LOSSES[0])
 
     @cached_property
     def distinct(self) -> tuple[list[Skeleton], NDArray[np.int64]]:
-        """Skeletons of the distinct plans, and the one of each row."""
-        plans = {row.plan.hash: row.plan for row in self.rows}
-        place = {key: i for i, key in enumerate(plans)}
-        skeletons = [Skeleton.of(plan, self.machine) for plan in plans.values()]
-        return skeletons, np.array([place[row.plan.hash] for row in self.rows])
+        """Skeletons of the distinct plans, technique by technique, and the one of each row."""
+        plans = {(row.variants, row.plan.hash): row.plan for row in self.rows}
+        place = {key: i for i, key in enumerate(sorted(plans))}
+        skeletons = [Skeleton.of(plans[key], self.machine) for key in place]
+        return skeletons, np.array([place[row.variants, row.plan.hash] for row in self.rows])
 
     @cached_property
-    def bulk(self) -> Bulk:
-        """All units."""
-        return Bulk(self.distinct[0], self.machine)
+    def bulks(self) -> list[tuple[tuple[str, ...], Bulk]]:
+        """All units, by the variants of the machine that ran them."""
+        of = dict(zip(self.distinct[1].tolist(), (row.variants for row in self.rows), strict=True))
+        names = [of[i] for i in range(len(self.distinct[0]))]
+        members = {name: [s for s, own in zip(self.distinct[0], names, strict=True) if own == name] for name in names}
+        return [(name, Bulk(skeletons, self.machine.variant(name))) for name, skeletons in members.items()]
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where the units of each skeleton begin, and where the last one's end."""
+        return [0, *accumulate(len(skeleton.units) for skeleton in self.distinct[0])]
+
+    def unit_seconds(self, machine: Machine) -> Floats:
+        """Seconds of every unit, each on the machine as its row used it."""
+        return np.concatenate([bulk.unit_seconds(machine.variant(names)) for names, bulk in self.bulks])
 
     @cached_property
     def measured(self) -> Floats:
@@ -157,6 +146,19 @@ class Problem:
         count = Counter(self.points)
         return np.array([count[point] ** -0.25 for point in self.points])
 
+    @cached_property
+    def sensitive(self) -> list[Figure]:
+        """The figures that move any row's prediction; the others stay as they are."""
+        before, found = self.unit_seconds(self.machine), []
+        for figure in fittable(self.machine):
+            value = self.machine.figure(figure.path)
+            other = self.machine.with_figures({figure.path: value * 0.9})
+            fixed = other.overheads.step_seconds, other.overheads.host_speed_sigma
+            same = fixed == (self.machine.overheads.step_seconds, self.machine.overheads.host_speed_sigma)
+            if not same or not np.array_equal(before, self.unit_seconds(other)):
+                found.append(figure)
+        return found
+
     def around(self, machine: Machine, makespans: Floats) -> Floats:
         """Step seconds of every row from the makespans of the distinct plans."""
         of_row = makespans[self.distinct[1]]
@@ -165,10 +167,10 @@ class Problem:
 
     def replayed(self, machine: Machine) -> tuple[Floats, list[Floats]]:
         """Exact makespans of the distinct plans, and the critical path's counts of each."""
-        seconds, offsets = self.bulk.unit_seconds(machine), self.bulk.offsets
+        seconds, offsets = self.unit_seconds(machine), self.offsets
         found = [
             skeleton.critical_counts(seconds[first : first + len(skeleton.units)])
-            for skeleton, first in zip(self.distinct[0], offsets[:-1].tolist(), strict=True)
+            for skeleton, first in zip(self.distinct[0], offsets[:-1], strict=True)
         ]
         return np.array([makespan for makespan, _ in found]), [counts for _, counts in found]
 
@@ -178,7 +180,7 @@ class Problem:
 
     def fit(self, use: NDArray[np.bool_], start: Machine | None = None, rounds: int = ROUNDS) -> Machine:
         """The machine with figures fitted on the rows in `use`."""
-        figures = fittable(self.machine)
+        figures = self.sensitive
         prior = np.log([self.machine.figure(figure.path) for figure in figures])
         widths = np.array([figure.log_sigma for figure in figures])
         upper = np.minimum(prior + 4 * widths, np.log([figure.largest for figure in figures]))
@@ -187,18 +189,20 @@ class Problem:
         at = np.clip(np.log([current.figure(figure.path) for figure in figures]), lower + 1e-9, upper - 1e-9)
         for _ in range(rounds):
             _, counts = self.replayed(self._with(figures, at))
-            matrix = np.zeros((len(counts), int(self.bulk.offsets[-1])))
-            for i, (row, first) in enumerate(zip(counts, self.bulk.offsets[:-1].tolist(), strict=True)):
+            matrix = np.zeros((len(counts), self.offsets[-1]))
+            for i, (row, first) in enumerate(zip(counts, self.offsets[:-1], strict=True)):
                 matrix[i, first : first + len(row)] = row
             linear = _compressed(matrix)
 
             def residuals(x: Floats, linear: _Linear = linear) -> Floats:
                 machine = self._with(figures, x)
-                step = self.around(machine, linear.makespans(self.bulk.unit_seconds(machine)))
-                off = (np.log(step / self.measured) * self.weights / LOSS_SCALE)[use]
-                return np.concatenate([_soft(off), (x - prior) / widths])
+                step = self.around(machine, linear.makespans(self.unit_seconds(machine)))
+                off = (np.log(step / self.measured) * self.weights)[use]
+                return np.concatenate([self.loss(off), (x - prior) / widths])
 
-            solved = least_squares(residuals, at, bounds=(lower, upper), x_scale=np.minimum(widths, 0.5), max_nfev=25)
+            solved = least_squares(
+                residuals, at, bounds=(lower, upper), x_scale=np.minimum(widths, 0.5), max_nfev=25, ftol=1e-4, xtol=1e-4
+            )
             moved, at = float(np.max(np.abs(solved.x - at))), solved.x
             if moved < 1e-3:
                 break
@@ -227,11 +231,6 @@ def _compressed(matrix: Floats) -> _Linear:
     return _Linear(units, matrix[:, units])
 
 
-def _soft(residuals: Floats) -> Floats:
-    """The soft-L1 loss as a residual: grows like the root of an error beyond the scale (Charbonnier et al. 1994)."""
-    return np.asarray(np.sign(residuals) * np.sqrt(2 * (np.sqrt(1 + residuals**2) - 1)))
-
-
 def operating_point(row: PublishedRow) -> tuple[object, ...]:
     """What the kernels of a row look like, whatever the number of layers, micro-batches and replicas."""
     model, plan = row.plan.model, row.plan
@@ -241,26 +240,14 @@ def operating_point(row: PublishedRow) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def fittable(machine: Machine) -> list[Figure]:
-    """The figures of FIGURES that the machine has, above zero."""
-    found = []
-    for figure in FIGURES:
-        try:
-            value = machine.figure(figure.path)
-        except MachineError:
-            continue
-        if value > 0:
-            found.append(figure)
-    return found
-
-
 def with_priors(machine: Machine, base: Machine) -> Machine:
-    """The machine with every figure that a fit moves back at the value of the profile it extends.
+    """The machine with every figure that a fit moves back at its prior, mostly that of the profile it extends.
 
     So a fit repeated on its own result starts from the same priors and ends where it did.
     """
-    changes: dict[str, object] = {}
-    for path in [figure.path for figure in fittable(machine)] + [figure.path for figure in MEMORY_FIGURES]:
+    typical = {figure.path: figure.typical for figure in fittable(machine)}
+    changes: dict[str, object] = {path: value for path, value in typical.items() if value is not None}
+    for path in [*typical, *(figure.path for figure in MEMORY_FIGURES)]:
         with suppress(MachineError):
             changes[path] = base.figure(path)
     return machine.with_figures(changes)
@@ -286,12 +273,23 @@ def fit_machine(
         msg = f"{len(measured)} measured rows for machine '{machine.name}'; a fit needs at least 3"
         raise DataError(msg)
     problem = Problem(machine, measured)
-    fitted = problem.fit(np.ones(len(measured), bool))
+    fitted, held_out = _fitted(problem, LOSSES if cross_validate else LOSSES[:1], cross_validate=cross_validate)
     predicted = problem.predict(fitted)
-    held_out = _cross_validated(problem, fitted) if cross_validate else np.full(len(measured), np.nan)
     fitted = _with_memory_figures(problem, fitted)
     note = f"fitted on {', '.join(files)}, {len(measured)} rows, {date}"
     return Fit(_documented(machine, fitted, measured, predicted, held_out, note), measured, predicted, held_out)
+
+
+def _fitted(problem: Problem, losses: Sequence[Loss], *, cross_validate: bool) -> tuple[Machine, Floats]:
+    """The fit under the loss that does best on points left out, and its predictions of these."""
+    tried: list[tuple[float, int, Machine, Floats]] = []
+    for loss in losses:
+        problem.loss = loss
+        fitted = problem.fit(np.ones(len(problem.rows), bool))
+        held_out = _cross_validated(problem, fitted) if cross_validate else np.full(len(problem.rows), np.nan)
+        tried.append((float(np.mean(np.abs(held_out / problem.measured - 1))), len(tried), fitted, held_out))
+    _, _, fitted, held_out = min(tried)
+    return fitted, held_out
 
 
 def _with_memory_figures(problem: Problem, machine: Machine) -> Machine:
@@ -300,10 +298,10 @@ def _with_memory_figures(problem: Problem, machine: Machine) -> Machine:
     weighed = [(i, row) for i, row in enumerate(problem.rows) if row.measured_gib is not None]
     if not weighed:
         return machine
-    needed = {int(place[i]) for i, _ in weighed}
+    frameworks = {int(place[i]): machine.variant(row.variants).framework for i, row in weighed}
     peaks = {
-        i: np.array([split_parts(p.parts) for p in pipeline_peaks(problem.distinct[0][i], machine.framework)]).T
-        for i in needed
+        i: np.array([split_parts(p.parts) for p in pipeline_peaks(problem.distinct[0][i], framework)]).T
+        for i, framework in frameworks.items()
     }
     kinds = {row.memory_kind for _, row in weighed}
     figures = [
@@ -322,7 +320,7 @@ def _with_memory_figures(problem: Problem, machine: Machine) -> Machine:
             float(np.max(_seen(tried, peaks[int(place[i])], row))) / ((row.measured_gib or 1) * 2.0**30)
             for i, row in weighed
         ]
-        return np.concatenate([_soft(np.log(off) / LOSS_SCALE), (x - start) / widths])
+        return np.concatenate([LOSSES[0](np.log(off)), (x - start) / widths])
 
     return changed(least_squares(residuals, start, x_scale=widths, max_nfev=50).x)
 
@@ -359,7 +357,7 @@ def _documented(
             ranges[name] = _range([getattr(getattr(row.plan, owner), name) for row in rows])
     changes: dict[str, object] = {
         "residuals.provenance": note,
-        "residuals.step_log_sigma": round(max(sigma, 0.01), 4),
+        "residuals.step_log_sigma": round(max(sigma, LEAST_LOG_SIGMA), 4),
         "residuals.ranges": ranges,
     }
     for group in ("device", "link_in_host", "link_between_hosts", "overheads", "memory"):

@@ -9,10 +9,13 @@ Conventions, by what the sources say of themselves (the CSV's columns do not hol
 * Megatron's gradient reduction overlaps the backward pass where tp·pp <= 8 (Narayanan et al. 2021) and NeMo's always.
 * Attention is one fused kernel where the source is younger than FlashAttention's adoption, else two products and a
   softmax.
-* FSDP under a pipeline keeps parameters gathered and reduces gradients once (reshard_after_forward=False): ZeRO 1. Its
-  micro-batch, not printed, is one sequence, and an interleaved schedule has 2 chunks a rank (torchtitan's default).
-* torchtitan's tensor parallelism is always sequence parallel, and its selective recomputation (every second product and
-  all else, attention's output kept) is taken for full.
+* FSDP under a pipeline keeps parameters gathered and reduces gradients once (reshard_after_forward=False): ZeRO 1.
+  Where they are not printed there are as many micro-batches as pipeline ranks, and an interleaved schedule has 2 chunks
+  a rank (torchtitan's defaults).
+* torchtitan's tensor parallelism is always sequence parallel, and its selective recomputation is full recomputation
+  of which the machine's variant "selective" keeps some outputs.
+* What only notes name (asynchronous tensor parallelism, eager execution, the software release, another site's devices)
+  is a variant of the machine's profile.
 * Schedules whose order depends on durations are generated for the durations that the datasheet predicts.
 """
 
@@ -70,6 +73,7 @@ class PublishedRow:
     measured_gib: float | None
     memory_kind: str
     out_of_memory: bool
+    variants: tuple[str, ...]
     group: tuple[object, ...]
 
 
@@ -144,8 +148,27 @@ def _read_row(source: str, name: str, cells: dict[str, Any], machine: str | None
         measured_gib=None if out_of_memory else _positive(cells, "peak_memory_gib"),
         memory_kind=_memory_kind(cells["memory_kind"]),
         out_of_memory=out_of_memory,
+        variants=_variants(source, cells),
         group=(msgspec.structs.replace(plan.model, name="", vocab=1), gpus, plan.global_batch_size),
     )
+
+
+def _variants(source: str, cells: dict[str, Any]) -> tuple[str, ...]:
+    """The techniques that a row's notes name, as variants of its machine's profile."""
+    notes = cells["notes"].lower()
+    if source.startswith("mlperf"):
+        return ("ngc23-09",) if "ngc23.09" in notes else ()
+    if not source.startswith("torchtitan"):
+        return ()
+    asynchronous = "async tp" in notes or "+asynctp" in notes
+    compiled = asynchronous or "compile" in notes or "asynctp doc" in notes or "fp8" in cells["precision"]
+    named = {
+        "async-tp": asynchronous,
+        "eager": not compiled,
+        "selective": cells["recompute"].strip() == "selective",
+        "whitefiber": "whitefiber" in notes,
+    }
+    return tuple(name for name, applies in named.items() if applies)
 
 
 def _memory_kind(text: str) -> str:
@@ -231,6 +254,11 @@ def _is(source: str, names: tuple[str, ...]) -> bool:
     return source.startswith(names)
 
 
+def _default_micro_batch(cells: dict[str, Any], mesh: Mesh) -> int:
+    """Sequences per micro-batch where the source does not print them: as many micro-batches as pipeline ranks."""
+    return max(1, _integer(cells, "global_batch_size") // (mesh.dp * mesh.pp)) if mesh.pp > 1 else 1
+
+
 def _plan(source: str, cells: dict[str, Any], mesh: Mesh) -> Plan:
     fsdp = _integer(cells, "zero_stage", 0, 0) == 3 and mesh.pp > 1
     name = _one_of(cells, "schedule", {"": "1f1b", **{known: known for known in NAMES}})
@@ -248,7 +276,7 @@ def _plan(source: str, cells: dict[str, Any], mesh: Mesh) -> Plan:
     overlapped = _is(source, OVERLAPPED_SOURCES) or (mesh.tp * mesh.pp <= 8 and not _is(source, SERIAL_SOURCES))
     choices: dict[str, Any] = {
         "global_batch_size": _integer(cells, "global_batch_size"),
-        "micro_batch_size": _integer(cells, "micro_batch_size", 1),
+        "micro_batch_size": _integer(cells, "micro_batch_size", _default_micro_batch(cells, mesh)),
         "stage_layers": stage_layers(model.layers, mesh.pp * chunks),
         "sequence_parallel": (bool(_integer(cells, "sequence_parallel", 0, 0)) or torchtitan) and mesh.tp > 1,
         "recompute": "full" if torchtitan and recompute == "selective" else recompute,

@@ -90,14 +90,14 @@ class _Predicted:
 class Predictor:
     """Predicts published rows; a plan that many rows ran is predicted once."""
 
-    machines: dict[tuple[str, int | None], Machine] = field(default_factory=dict)
-    _steps: dict[tuple[str, str, int | None, bool], tuple[float, list[tuple[int, int]]]] = field(default_factory=dict)
+    machines: dict[tuple[object, ...], Machine] = field(default_factory=dict)
+    _steps: dict[tuple[object, ...], tuple[float, list[tuple[int, int]]]] = field(default_factory=dict)
 
     def machine(self, row: PublishedRow) -> Machine:
-        """The row's machine, with the row's own number of devices per host."""
-        key = (row.machine, row.devices_per_host)
+        """The row's machine, with the row's own number of devices per host, as its techniques use it."""
+        key = (row.machine, row.devices_per_host, row.variants)
         if key not in self.machines:
-            machine = load_machine(row.machine)
+            machine = load_machine(row.machine).variant(row.variants)
             if row.devices_per_host not in (None, machine.devices_per_host):
                 machine = machine.with_figures({"host.devices": row.devices_per_host})
             self.machines[key] = machine
@@ -109,7 +109,7 @@ class Predictor:
         The seconds are those of `planner.predict` for the row's plan: one program, one pricing, one replay.
         """
         machine = self.machine(row)
-        key = (row.plan.hash, row.machine, row.devices_per_host, _states_memory(row))
+        key = (row.plan.hash, row.machine, row.devices_per_host, row.variants, _states_memory(row))
         if key not in self._steps:
             replay = coarse_replay(row.plan, machine)
             peaks = replay.peaks([[rank] for rank in replay.ranks]) if _states_memory(row) else []

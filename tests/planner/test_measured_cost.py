@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,17 +13,20 @@ from planner.cost.algorithms import fix_collectives, measured_algorithms
 from planner.cost.communication import collective_seconds
 from planner.cost.compute import gemm_seconds
 from planner.cost.measured import concurrent_factor, gemm_error, measured_seconds
-from planner.cost.price import Pricer, compute_seconds
+from planner.cost.price import Pricer, compute_seconds, launches
 from planner.machine import (
     AttentionFigures,
+    GemmCurve,
     GemmForm,
     GemmSample,
     KernelFigures,
     MeasuredCollective,
     MeasuredRegime,
+    PrecisionFigures,
     dump_machine,
 )
 from planner.mesh import Coordinate
+from planner.plan import Training
 from planner.program import Task, Work, lower
 
 GENERIC = load_machine("cpu-generic")
@@ -190,3 +195,114 @@ def test_on_a_cpu_a_reduction_started_early_still_takes_its_time() -> None:
     assert predict(early, slower).step_seconds > 1.02 * blocking
     hiding = neutral.with_figures({"overheads.overlap_fraction": 1.0})
     assert predict(early, hiding).step_seconds < 0.99 * blocking
+
+
+# ---- a GPU's figures: by precision, and host time apart --------------------------------------------------------------
+
+
+def on_gpu() -> Machine:
+    """A GPU whose products, norms and attention were timed in float32 and, at half the time, in bfloat16."""
+    base = load_machine("h100-80gb")
+    curves = {"default": GemmCurve(fraction=0.5), "bfloat16": GemmCurve(fraction=0.5)}
+    peaks = base.device.peak_flops_per_second | {"float32": 50e12, "bfloat16": 800e12}
+    device = msgspec.structs.replace(base.device, gemm=curves, peak_flops_per_second=peaks, call_seconds=0.0)
+    plain = msgspec.structs.replace(base, device=device)
+
+    def samples(precision: str, factor: float) -> tuple[GemmSample, ...]:
+        return tuple(
+            GemmSample(
+                form=form, m=m, n=n, k=k, seconds=factor * float(gemm_seconds(plain, m, n, k, precision=precision))
+            )
+            for form in FORMS
+            for m, n, k in SHAPES
+        )
+
+    device = msgspec.structs.replace(
+        device,
+        gemm_samples=samples("float32", 1.2),
+        attention={
+            name: AttentionFigures(pair_seconds=scale * 2e-12, calls=calls)
+            for name, scale, calls in (("attention_plain", 1.0, 4), ("attention_plain_backward", 2.0, 9))
+        },
+        kernels={
+            "default": KernelFigures(regimes=(regime(4e-6, 1e-12),)),
+            "norm": KernelFigures(regimes=(regime(4e-6, 2e-12),), calls=2),
+            "linear": KernelFigures(calls=3),
+        },
+        precisions={
+            "bfloat16": PrecisionFigures(
+                gemm_samples=samples("bfloat16", 1.5),
+                attention={"attention_plain": AttentionFigures(pair_seconds=1e-12)},
+                kernels={"norm": KernelFigures(regimes=(regime(3e-6, 1e-12),))},
+            )
+        },
+    )
+    changed = msgspec.structs.replace(base.overheads, dispatch_seconds=5e-6)
+    return msgspec.structs.replace(base, device=device, overheads=changed)
+
+
+def seconds_in(profiled: Machine, kind: str, work: Work, precision: str) -> float:
+    found = measured_seconds(profiled, kind, work, precision)
+    assert found is not None
+    return float(found)
+
+
+def test_a_precision_takes_its_own_figures_and_float32_s_where_it_has_none() -> None:
+    gpu = on_gpu()
+    norm, other = (Work(elements=10**6, bytes=2 * 10**6) for _ in range(2))
+    assert seconds_in(gpu, "norm.forward", norm, "float32") == pytest.approx(4e-6 + 4e-6)
+    assert seconds_in(gpu, "norm.forward", norm, "bfloat16") == pytest.approx(3e-6 + 2e-6)
+    assert seconds_in(gpu, "gated.forward", other, "bfloat16") == pytest.approx(4e-6 + 2e-6)
+    pairs = Work(m=512, n=512, k=64, batch=32, elements=16 * 512 * 512)
+    forward = {name: seconds_in(gpu, "attention_plain.forward", pairs, name) for name in ("float32", "bfloat16")}
+    assert forward["bfloat16"] == pytest.approx(forward["float32"] / 2)
+    product = Work(m=512, n=512, k=512, elements=512 * 512, bytes=1)
+    for precision, factor in (("float32", 1.2), ("bfloat16", 1.5)):
+        formula = float(gemm_seconds(gpu, 512, 512, 512, precision=precision))
+        assert seconds_in(gpu, "linear.forward", product, precision) == pytest.approx(factor * formula, rel=0.02)
+    untimed = float(gemm_seconds(gpu, 512, 512, 512, precision="float16"))  # float32's error on its own curve
+    assert seconds_in(gpu, "linear.forward", product, "float16") == pytest.approx(1.2 * untimed, rel=0.02)
+
+
+def test_gradients_of_16_bit_training_are_float32_in_the_norm_too() -> None:
+    gpu, work = on_gpu(), Work(elements=10**6, bytes=8)
+    assert seconds_in(gpu, "gradient_norm", work, "bfloat16") == seconds_in(gpu, "gradient_norm", work, "float32")
+    assert seconds_in(gpu, "gradient_norm", work, "float32") == pytest.approx(4e-6 + 4e-6)
+
+
+def test_a_gpu_s_task_is_the_device_s_time_and_its_launches_are_the_host_s() -> None:
+    gpu = on_gpu()
+    kinds = ("linear.forward", "attention_plain.forward", "attention_plain.backward", "norm.forward", "gated.forward")
+    tasks = [Task("0.layer.a.forward", kind, "a", work=Work(m=8, n=8, k=8, elements=64, bytes=256)) for kind in kinds]
+    assert [launches(gpu, task) for task in tasks] == [3, 4, 9, 2, 1]
+    slower = msgspec.structs.replace(gpu, overheads=msgspec.structs.replace(gpu.overheads, dispatch_seconds=1.0))
+    assert [float(compute_seconds(slower, task, "float32")) for task in tasks] == [
+        float(compute_seconds(gpu, task, "float32")) for task in tasks
+    ]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_of_small_kernels_is_bound_by_the_host_and_one_of_large_ones_by_the_device(precision: str) -> None:
+    gpu = on_gpu()
+
+    def step(hidden: int, seq: int, dispatch: float) -> float:
+        spec = with_sizes(None, layers=2, hidden=hidden, heads=hidden // 64, seq_len=seq)
+        plan = make_plan(
+            spec, Mesh(), global_batch_size=8, micro_batch_size=8, training=Training(precision=precision),
+            transport="nccl",
+        )  # fmt: skip
+        machine = gpu.with_figures({"overheads.dispatch_seconds": dispatch})
+        return predict(plan, machine).step_seconds
+
+    small, large = (128, 64), (4096, 1024)
+    first, second, third = (step(*small, dispatch) for dispatch in (1e-4, 2e-4, 3e-4))
+    assert third - second == pytest.approx(second - first)
+    assert second - first > 50 * 1e-4  # launches of a step
+    assert step(*large, 1e-6) == pytest.approx(step(*large, 2e-6))
+    assert step(*small, 1e-9) < step(*small, 1e-4) / 3
+
+
+def test_profiles_with_precisions_are_written_and_read_back(tmp_path: Path) -> None:
+    gpu = on_gpu()
+    dump_machine(gpu, tmp_path / "gpu.toml")
+    assert load_machine(tmp_path / "gpu.toml") == gpu

@@ -22,7 +22,7 @@ def counted(candidate, steps=2):
 
     def main(comm):
         data = Batches("synthetic", candidate.model, candidate.global_batch_size, candidate.training.seed)
-        runtime = Runtime(candidate, comm, data, np.dtype(candidate.training.precision))
+        runtime = Runtime(candidate, comm, data)
         for step in range(steps):
             runtime.run_step(step)
         return runtime.arena.peak_bytes, dict(runtime.arena.peak)
