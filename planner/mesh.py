@@ -10,6 +10,9 @@ import msgspec
 
 from planner.errors import PlanError
 
+JOINT = {"data": ("dp", "cp"), "world": ("pp", "dp", "cp", "tp")}
+"""Groups along several axes at once."""
+
 
 class Coordinate(NamedTuple):
     """Where a rank stands on the mesh."""
@@ -67,11 +70,9 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def group(self, axis: str, at: Coordinate) -> tuple[int, ...]:
         """Ranks that differ from `at` along `axis` only, in order; "data" joins dp and cp, "world" joins all."""
-        if axis == "world":
-            return tuple(range(self.world_size))
-        if axis == "data":
-            return tuple(self.rank(at._replace(dp=d, cp=c)) for d in range(self.dp) for c in range(self.cp))
-        return tuple(self.rank(at._replace(**{axis: i})) for i in range(self.size(axis)))
+        first = self.rank(at._replace(**dict.fromkeys(JOINT.get(axis, (axis,)), 0)))
+        stride = self.stride(axis)
+        return tuple(range(first, first + self.size(axis) * stride, stride))
 
     def stride(self, axis: str) -> int:
         """Distance in ranks between neighbours along `axis`."""

@@ -28,10 +28,10 @@ from planner.machine import Machine
 from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.program.backward import StageBackward
-from planner.program.rank import ITEM_BYTES, blocks
+from planner.program.rank import ITEM_BYTES, blocks, reduced_item_bytes
 from planner.program.stage import EXTERNAL, StageForward
 from planner.program.tasks import Task, Work
-from planner.program.update import state_bytes
+from planner.program.update import state_bytes, update_bytes
 from planner.search.estimate import ArraySizes, Structure
 
 Row = tuple[list[int], list[float], float, float]
@@ -153,7 +153,9 @@ class _Problem:
             chosen = structure.layouts | {operator.role: structure.layouts[operator.role] | {"tp": signature.name}}
             object.__setattr__(structure, "layouts", chosen)
         axis_sizes = {"dp": 1, "cp": 1, "tp": plan.mesh.tp}
-        return StageForward(structure, 0, self._sizes(), axis_sizes, ITEM_BYTES[plan.training.precision])
+        precision = plan.training.precision
+        reduced = reduced_item_bytes(precision, self.machine.transport_in_use)
+        return StageForward(structure, 0, self._sizes(), axis_sizes, ITEM_BYTES[precision], reduced)
 
     def _seconds(self, tasks: list[Task]) -> float:
         training, total = self.plan.training, 0.0
@@ -201,7 +203,7 @@ class _Problem:
             Seconds per micro-batch, as everything else is counted.
         """
         total, item = 0.0, state_bytes(self.plan)
-        streams = 7 if self.plan.training.optimizer == "adamw" else 3
+        each = update_bytes(self.plan.training)
         for parameter in operator.parameters:
             units = {split_unit(dim) for dim in parameter.dims}
             layout, grads = signature.parameters, signature.grad_parameters
@@ -210,7 +212,7 @@ class _Problem:
             for dim in parameter.dims:
                 axes = forward.sharding(split_unit(dim), {"tp": layout})
                 held *= float(np.max(forward.sizes.size(dim, axes)))
-            update = Work(elements=int(held), bytes=int(streams * held * item))
+            update = Work(elements=int(held), bytes=int(held * each))
             tasks = [Task("", "optimizer", "", work=update)]
             if whole and (isinstance(grads, Partial) or (isinstance(grads, Shard) and grads.dim not in units)):
                 size = int(held * item)

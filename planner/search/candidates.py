@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from planner.cost.compute import oversubscription_factor, slowest_host_factor
 from planner.cost.footprint import footprint_bytes
-from planner.cost.memory import MIXED_PRECISIONS
 from planner.cost.price import Place, compute_seconds, group_seconds, message_seconds
 from planner.machine import Machine
 from planner.program.rank import ITEM_BYTES
 from planner.program.tasks import Task, Work
+from planner.program.update import MIXED_PRECISIONS, WORKING_BYTES, update_bytes, working_bytes
 from planner.search.estimate import BlockCost, Structure
 
 Ints = NDArray[np.int64]
@@ -166,13 +166,14 @@ def _update_seconds(
     state = 8 if training.precision == "float64" else 4
     on_host = np.clip(per_host // at.tp, 1, group)
     place = Place(group, on_host, np.maximum(1, per_host // on_host))
-    task_work = Work(bytes=(parameters * state).astype(np.int64), full_bytes=(parameters * state).astype(np.int64))
 
-    def collective(kind: str) -> Any:
-        mixed = training.precision in MIXED_PRECISIONS
-        return group_seconds(machine, Task("", kind, "", axis="data", work=task_work), place, mixed=mixed)
+    def collective(kind: str, item: int) -> Any:
+        mixed, payload = training.precision in MIXED_PRECISIONS, (parameters * item).astype(np.int64)
+        work = Work(bytes=payload, full_bytes=payload)
+        return group_seconds(machine, Task("", kind, "", axis="data", work=work), place, mixed=mixed)
 
-    reduce, scatter, gather = map(collective, ("gradient_all_reduce", "gradient_reduce_scatter", "parameter_gather"))
+    reduce, scatter = collective("gradient_all_reduce", state), collective("gradient_reduce_scatter", state)
+    gather = collective("parameter_gather", working_bytes(training))
     layers = np.maximum(1, structure.model.layers // (at.pp * at.chunks))
     behind = layers * costs["layer"].backward_seconds
     threads = training.threads_per_rank
@@ -188,7 +189,7 @@ def _update_seconds(
             serial = serial - hidden + hidden * (machine.overheads.overlap_slowdown - 1)
         again = gather if update.zero in (1, 2) else 0.0
         owned = parameters / group if update.zero else parameters
-        moved = (7 if training.optimizer == "adamw" else 3) * owned * state
+        moved = owned * update_bytes(training)
         task = Task("", "optimizer", "", work=Work(elements=owned, bytes=moved))  # type: ignore[arg-type]
         step = compute_seconds(machine, task, training.precision, threads, per_host) * slow
         columns.append(np.where(group > 1, serial + again, 0.0) + step)
@@ -262,8 +263,14 @@ def _state_bytes(question: Question, zero: int, group: Ints) -> Floats:
     training, framework = question.structure.training, question.machine.framework
     item = 8.0 if training.precision == "float64" else 4.0
     parameter, gradient, optimizer = item, item, (2 if training.optimizer == "adamw" else 0) * item
-    mixed = training.precision in MIXED_PRECISIONS and framework.parameter_bytes is not None
-    if mixed:
+    mixed = training.precision in MIXED_PRECISIONS
+    framed = mixed and framework.parameter_bytes is not None
+    if mixed and not framed and not question.structure.forward_only:
+        # Our executor keeps master parameters beside a working copy, which at stage 3 is made when it is gathered.
+        parameter, optimizer = 0.0 if zero == 3 else WORKING_BYTES, optimizer + item
+    elif mixed and not framed:
+        parameter = WORKING_BYTES
+    if framed:
         parameter, optimizer = framework.parameter_bytes or item, framework.optimizer_bytes or optimizer
         gradient = (framework.gradient_bytes or item) + framework.accumulated_gradient_bytes.get(
             training.precision, 0.0
@@ -272,6 +279,6 @@ def _state_bytes(question: Question, zero: int, group: Ints) -> Floats:
         return np.full(np.shape(group), parameter)
     share = 1.0 / group
     total = parameter * (share if zero == 3 else 1.0) + gradient * (share if zero >= 2 else 1.0)
-    if not mixed and zero == 1:
+    if not framed and zero == 1:
         total = total + gradient * share  # our executor scatters into a shard of its own
     return np.asarray(total + optimizer * (share if zero else 1.0))

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from planner.admissible import ContextKind, distinct_operators
 from planner.cost.communication import p2p_seconds
 from planner.cost.compute import oversubscription_factor
-from planner.cost.memory import MIXED_PRECISIONS
 from planner.cost.price import (
     COLLECTIVES,
     FREE,
@@ -38,9 +37,10 @@ from planner.placement import Count, fixed_size
 from planner.plan import Recompute, Training, standard_layouts
 from planner.program.backward import StageBackward
 from planner.program.liveness import needed
-from planner.program.rank import ITEM_BYTES, blocks
+from planner.program.rank import ITEM_BYTES, blocks, reduced_item_bytes
 from planner.program.stage import StageForward
 from planner.program.tasks import Task
+from planner.program.update import MIXED_PRECISIONS
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -161,7 +161,8 @@ class StructureCosts:
         structure, model = self.structure, self.structure.model
         axis_sizes = {"dp": 1, "cp": RING_LAID_OUT if structure.cp else 1, "tp": 2 if structure.tp else 1}
         item = ITEM_BYTES[structure.training.precision]
-        forward = StageForward(structure, 0, self.sizes, axis_sizes, item)
+        reduced = reduced_item_bytes(structure.training.precision, self.machine.transport_in_use)
+        forward = StageForward(structure, 0, self.sizes, axis_sizes, item, reduced)
         chosen = self._distinct_layers(model)
         names = ["embedding", *chosen, "head"]
         graph = blocks(model)

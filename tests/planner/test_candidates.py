@@ -15,12 +15,13 @@ from planner.plan import Training
 from planner.predict import predict, whole_step_seconds
 from planner.search.candidates import Candidates, Question, Update, estimate
 from planner.search.estimate import ArraySizes, StructureCosts
-from planner.search.suggest import _Search, default_memory_limit, suggest
+from planner.search.space import Space
+from planner.search.suggest import default_memory_limit, suggest
 
 
 def searched(model, workers, machine, batch, precision="bfloat16", limit=None, **fixed):
     limit = limit or default_memory_limit(machine, workers)
-    search = _Search(model, workers, machine, batch, None, Training(precision=precision), fixed, limit, False)
+    search = Space(model, workers, machine, batch, None, Training(precision=precision), fixed, limit, False)
     search.estimate_all()
     return search
 

@@ -12,14 +12,16 @@ from planner.machine import load_machine
 from planner.model import with_sizes
 from planner.plan import Training
 from planner.predict import predict
-from planner.search.suggest import _Search, balance, suggest
+from planner.search.balance import balance
+from planner.search.space import Space
+from planner.search.suggest import suggest
 
 CPU, A100 = load_machine("cpu-generic"), load_machine("a100-80gb")
 
 
 def searched(spec, workers, machine, batch, *, limit=1e15, micro=None, **fixed):
     """All candidates, estimated: how to make the plan of each, and its estimated seconds."""
-    search = _Search(spec, workers, machine, batch, micro, Training(), fixed, limit, False)
+    search = Space(spec, workers, machine, batch, micro, Training(), fixed, limit, False)
     search.estimate_all()
     for group in search.groups:
         for row in range(len(group.seconds)):
