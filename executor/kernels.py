@@ -5,7 +5,8 @@ Each exists twice, with one signature: `executor.reference` in plain NumPy, wher
 the environment variable MESHWRIGHT_KERNELS is ``reference``.
 
 Conventions: float32 or float64 throughout a call, indices int64; activations sequence-first, [S, B, H], C-contiguous;
-results go into given buffers, gradients of weights are added to theirs.
+results go into given buffers, gradients of weights are added to theirs. Attention takes its scale, mask and dropout as
+one `Masking`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import os
 
 from executor.reference.arrays import Activation, Floats, Ints
+from executor.reference.masking import Masking
 
 FUSED: bool = os.environ.get("MESHWRIGHT_KERNELS") != "reference" and importlib.util.find_spec("numba") is not None
 
@@ -93,6 +95,7 @@ __all__ = [
     "Activation",
     "Floats",
     "Ints",
+    "Masking",
     "activation_backward",
     "activation_forward",
     "adamw",

@@ -9,19 +9,12 @@ import numpy as np
 from executor.fused.compile import kernel
 from executor.fused.dropout import row_key
 from executor.fused.matmul import gemm_by_rows, gemm_by_terms, rows_per_product, transpose_to
-from executor.fused.softmax import drop, exponentiate, hide, largest_of, scratch
-from executor.reference.arrays import Floats, Ints
-from executor.reference.attention import UNLIMITED, reach
-from executor.reference.dropout import threshold_of
-
-_MASK = "int64[::1], int32[::1], int32[::1], int64, int64"  # kv_index, q and k positions, back, ahead
-_DROPOUT = "uint32, T, uint64, int64[::1], int64[::1]"  # threshold, 1 / (1 - rate), key, samples, head_ids
+from executor.fused.softmax import MASKING, drop, exponentiate, hide, largest_of, masking_arguments, scratch
+from executor.reference.arrays import Floats
+from executor.reference.masking import UNLIMITED, Masking
 
 
-@kernel(
-    f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T, {_MASK}, {_DROPOUT}, T[:, :, :, ::1], T[:, :, :, :], T[::1],"
-    " int64)"
-)
+@kernel(f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {MASKING}, T[:, :, :, ::1], T[:, :, :, :], T[::1], int64)")
 def _attention_forward(
     q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any, ahead: Any,
     threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, probabilities: Any, out: Any, buffer: Any,
@@ -54,46 +47,16 @@ def _attention_forward(
             gemm_by_rows(real(1.0), weights, v[:, b, source], real(0.0), out[:, b, head], rows)
 
 
-def mask_arguments(
-    kv_index: Ints, causal: bool, window: int | None, q_positions: Ints, k_positions: Ints
-) -> tuple[Ints, Any, Any, int, int]:
-    """The mask as kernels take it: 32-bit positions compare twice as many at a time."""
-    return kv_index, q_positions.astype(np.int32), k_positions.astype(np.int32), *reach(causal, window)
-
-
-def dropout_arguments(rate: float, key: int, samples: Ints, head_ids: Ints) -> tuple[int, float, Any, Ints, Ints]:
-    """The dropout as kernels take it."""
-    return threshold_of(rate), 1.0 / (1.0 - rate), np.uint64(key), samples, head_ids
-
-
-def attention_forward(
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    scale: float,
-    kv_index: Ints,
-    causal: bool,
-    window: int | None,
-    q_positions: Ints,
-    k_positions: Ints,
-    rate: float,
-    key: int,
-    samples: Ints,
-    head_ids: Ints,
-    probabilities: Floats,
-    out: Floats,
-) -> None:
+def attention_forward(q: Floats, k: Floats, v: Floats, masking: Masking, probabilities: Floats, out: Floats) -> None:
     """See `executor.reference.attention.attention_forward`."""
-    mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
-    dropout = dropout_arguments(rate, key, samples, head_ids)
     queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
-    buffer = scratch(q.dtype, keys * width + (queries * keys if rate > 0.0 else 0))
+    buffer = scratch(q.dtype, keys * width + (queries * keys if masking.rate > 0.0 else 0))
     rows = rows_per_product(queries, width, keys)
-    _attention_forward[q.dtype](q, k, v, scale, *mask, *dropout, probabilities, out, buffer, rows)
+    _attention_forward[q.dtype](q, k, v, *masking_arguments(masking), probabilities, out, buffer, rows)
 
 
 @kernel(
-    f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T, {_MASK}, {_DROPOUT}, T[:, :, :, ::1],"
+    f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {MASKING}, T[:, :, :, ::1],"
     " T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[::1], int64)"
 )
 def _attention_backward(
@@ -140,29 +103,11 @@ def _attention_backward(
 
 
 def attention_backward(
-    dout: Floats,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    scale: float,
-    kv_index: Ints,
-    causal: bool,
-    window: int | None,
-    q_positions: Ints,
-    k_positions: Ints,
-    rate: float,
-    key: int,
-    samples: Ints,
-    head_ids: Ints,
-    probabilities: Floats,
-    dq: Floats,
-    dk: Floats,
+    dout: Floats, q: Floats, k: Floats, v: Floats, masking: Masking, probabilities: Floats, dq: Floats, dk: Floats,
     dv: Floats,
-) -> None:
+) -> None:  # fmt: skip
     """See `executor.reference.attention.attention_backward`."""
-    mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
-    dropout = dropout_arguments(rate, key, samples, head_ids)
     queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
     buffer = scratch(q.dtype, keys * width + 2 * queries * keys)
     rows = rows_per_product(queries, width, keys)
-    _attention_backward[q.dtype](dout, q, k, v, scale, *mask, *dropout, probabilities, dq, dk, dv, buffer, rows)
+    _attention_backward[q.dtype](dout, q, k, v, *masking_arguments(masking), probabilities, dq, dk, dv, buffer, rows)

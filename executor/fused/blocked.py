@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from executor.fused.attention import dropout_arguments, mask_arguments
 from executor.fused.compile import helper, kernel
 from executor.fused.dropout import row_key
 from executor.fused.maths import exp
 from executor.fused.matmul import gemm_by_rows, gemm_by_terms, has_small_kernels, rows_per_product, transpose_to
-from executor.fused.softmax import drop, exponentiate, hide, largest_of, scratch
+from executor.fused.softmax import MASKING, drop, exponentiate, hide, largest_of, masking_arguments, scratch
 from executor.reference import blocked as reference
-from executor.reference.arrays import Floats, Ints
+from executor.reference.arrays import Floats
+from executor.reference.masking import Masking
 
 OPEN_TILE = (512, 256)
 """Queries and keys of a tile: the shortest side is the inner dimension of a product, and BLAS wants that long."""
@@ -33,8 +33,6 @@ def tiles_of(masked: bool, width: int) -> tuple[int, int, int]:
 
 block_attention_start = reference.block_attention_start  # three fills
 
-_MASK = "int64[::1], int32[::1], int32[::1], int64, int64"  # kv_index, q and k positions, back, ahead
-_DROPOUT = "uint32, T, uint64, int64[::1], int64[::1]"  # threshold, 1 / (1 - rate), key, samples, head_ids
 _QKV = "T[:, :, :, :], T[:, :, :, :], T[:, :, :, :]"
 
 
@@ -48,7 +46,7 @@ def coverage(q_positions: Any, k_positions: Any, back: Any, ahead: Any) -> Any:
     return 2 if farthest - first <= ahead and last - nearest <= back else 1
 
 
-@kernel(f"void({_QKV}, T, {_MASK}, {_DROPOUT}, T[:, :, :, :], T[:, :, ::1], T[:, :, ::1], int64, int64, int64, T[::1])")
+@kernel(f"void({_QKV}, {MASKING}, T[:, :, :, :], T[:, :, ::1], T[:, :, ::1], int64, int64, int64, T[::1])")
 def _step(
     q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any, ahead: Any,
     threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, out: Any, running_max: Any,
@@ -94,29 +92,12 @@ def _step(
 
 
 def block_attention_step(
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    scale: float,
-    kv_index: Ints,
-    causal: bool,
-    window: int | None,
-    q_positions: Ints,
-    k_positions: Ints,
-    rate: float,
-    key: int,
-    samples: Ints,
-    head_ids: Ints,
-    out_accumulator: Floats,
-    running_max: Floats,
-    running_sum: Floats,
+    q: Floats, k: Floats, v: Floats, masking: Masking, out_accumulator: Floats, running_max: Floats, running_sum: Floats
 ) -> None:
     """See `executor.reference.blocked.block_attention_step`."""
-    mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
-    dropout = dropout_arguments(rate, key, samples, head_ids)
-    tiles = tiles_of(causal or window is not None, q.shape[3])
+    tiles = tiles_of(masking.limited, q.shape[3])
     buffer = scratch(q.dtype, (2 * tiles[0] + q.shape[3]) * tiles[1])
-    _step[q.dtype](q, k, v, scale, *mask, *dropout, out_accumulator, running_max, running_sum, *tiles, buffer)
+    _step[q.dtype](q, k, v, *masking_arguments(masking), out_accumulator, running_max, running_sum, *tiles, buffer)
 
 
 @kernel("void(T[:, :, :, :], T[:, :, ::1], T[:, :, ::1], T[:, :, ::1])")
@@ -170,7 +151,7 @@ def rebuild(row: Any, d_row: Any, logsumexp: Any, delta: Any) -> None:
 
 
 @kernel(
-    f"void(T[:, :, :, :], {_QKV}, T, {_MASK}, {_DROPOUT}, T[:, :, ::1], T[:, :, ::1], T[:, :, :, :], T[:, :, :, :],"
+    f"void(T[:, :, :, :], {_QKV}, {MASKING}, T[:, :, ::1], T[:, :, ::1], T[:, :, :, :], T[:, :, :, :],"
     " T[:, :, :, :], int64, int64, int64, T[::1])"
 )
 def _step_backward(
@@ -223,86 +204,32 @@ def _step_backward(
 
 
 def block_attention_step_backward(
-    dout: Floats,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    scale: float,
-    kv_index: Ints,
-    causal: bool,
-    window: int | None,
-    q_positions: Ints,
-    k_positions: Ints,
-    rate: float,
-    key: int,
-    samples: Ints,
-    head_ids: Ints,
-    logsumexp: Floats,
-    delta: Floats,
-    dq: Floats,
-    dk: Floats,
-    dv: Floats,
-) -> None:
+    dout: Floats, q: Floats, k: Floats, v: Floats, masking: Masking, logsumexp: Floats, delta: Floats, dq: Floats,
+    dk: Floats, dv: Floats,
+) -> None:  # fmt: skip
     """See `executor.reference.blocked.block_attention_step_backward`."""
-    mask = mask_arguments(kv_index, causal, window, q_positions, k_positions)
-    dropout = dropout_arguments(rate, key, samples, head_ids)
-    tiles = tiles_of(causal or window is not None, q.shape[3])
+    tiles = tiles_of(masking.limited, q.shape[3])
     buffer = scratch(q.dtype, (2 * tiles[0] + 2 * q.shape[3] + 1) * tiles[1])
-    _step_backward[q.dtype](dout, q, k, v, scale, *mask, *dropout, logsumexp, delta, dq, dk, dv, *tiles, buffer)
+    _step_backward[q.dtype](dout, q, k, v, *masking_arguments(masking), logsumexp, delta, dq, dk, dv, *tiles, buffer)
 
 
 def blocked_attention_forward(
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    scale: float,
-    kv_index: Ints,
-    causal: bool,
-    window: int | None,
-    q_positions: Ints,
-    k_positions: Ints,
-    rate: float,
-    key: int,
-    samples: Ints,
-    head_ids: Ints,
-    out: Floats,
-    logsumexp: Floats,
+    q: Floats, k: Floats, v: Floats, masking: Masking, out: Floats, logsumexp: Floats
 ) -> None:
     """See `executor.reference.blocked.blocked_attention_forward`."""
     running_sum = np.empty_like(logsumexp)
     block_attention_start(out, logsumexp, running_sum)
-    mask = (kv_index, causal, window, q_positions, k_positions)
-    dropout = (rate, key, samples, head_ids)
-    block_attention_step(q, k, v, scale, *mask, *dropout, out, logsumexp, running_sum)
+    block_attention_step(q, k, v, masking, out, logsumexp, running_sum)
     block_attention_finish(out, logsumexp, running_sum, logsumexp)
 
 
 def blocked_attention_backward(
-    dout: Floats,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    scale: float,
-    kv_index: Ints,
-    causal: bool,
-    window: int | None,
-    q_positions: Ints,
-    k_positions: Ints,
-    rate: float,
-    key: int,
-    samples: Ints,
-    head_ids: Ints,
-    out: Floats,
-    logsumexp: Floats,
-    dq: Floats,
-    dk: Floats,
-    dv: Floats,
-) -> None:
+    dout: Floats, q: Floats, k: Floats, v: Floats, masking: Masking, out: Floats, logsumexp: Floats, dq: Floats,
+    dk: Floats, dv: Floats,
+) -> None:  # fmt: skip
     """See `executor.reference.blocked.blocked_attention_backward`."""
     delta = np.empty_like(logsumexp)
     attention_delta(dout, out, delta)
     for gradient in (dq, dk, dv):
         gradient[...] = 0
-    mask = (kv_index, causal, window, q_positions, k_positions)
-    dropout = (rate, key, samples, head_ids)
-    block_attention_step_backward(dout, q, k, v, scale, *mask, *dropout, logsumexp, delta, dq, dk, dv)
+    block_attention_step_backward(dout, q, k, v, masking, logsumexp, delta, dq, dk, dv)

@@ -11,8 +11,25 @@ from executor.fused.compile import exact_helper, helper
 from executor.fused.dropout import kept
 from executor.fused.maths import exp, larger
 from executor.reference.arrays import Floats
+from executor.reference.dropout import threshold_of
+from executor.reference.masking import Masking
 
 _local = threading.local()
+
+MASKING = "T, int64[::1], int32[::1], int32[::1], int64, int64, uint32, T, uint64, int64[::1], int64[::1]"
+"""Types of what `masking_arguments` gives."""
+
+
+def masking_arguments(masking: Masking) -> tuple[Any, ...]:
+    """Scale, kv_index, q_positions, k_positions, back, ahead, threshold, 1 / (1 - rate), key, samples and head_ids.
+
+    Positions of 32 bits compare twice as many at a time.
+    """
+    return (
+        masking.scale, masking.kv_index, masking.q_positions.astype(np.int32), masking.k_positions.astype(np.int32),
+        *masking.reach, threshold_of(masking.rate), 1.0 / (1.0 - masking.rate), np.uint64(masking.key),
+        masking.samples, masking.head_ids,
+    )  # fmt: skip
 
 
 def scratch(dtype: np.dtype[Any], size: int) -> Floats:

@@ -52,7 +52,7 @@ def split_heads_forward(
     if bias is not None:
         rows += bias
     width = rows.shape[1] // (heads + 2 * kv_heads)
-    both = rows.reshape(*qkv.shape[:2], -1, width)[:, :, : heads + kv_heads]
+    both = rows.reshape(*qkv.shape[:2], heads + 2 * kv_heads, width)[:, :, : heads + kv_heads]
     if q_gain is not None and k_gain is not None:
         assert saved is not None
         assert rstd is not None
@@ -97,7 +97,7 @@ def split_heads_backward(
     """
     rows = as_rows(dqkv)
     width = rows.shape[1] // (heads + 2 * kv_heads)
-    both = rows.reshape(*dqkv.shape[:2], -1, width)[:, :, : heads + kv_heads]
+    both = rows.reshape(*dqkv.shape[:2], heads + 2 * kv_heads, width)[:, :, : heads + kv_heads]
     if cos is not None and sin is not None:
         _rotate(both, cos, -sin)
     if saved is not None and rstd is not None and q_gain is not None and k_gain is not None:

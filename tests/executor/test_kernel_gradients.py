@@ -221,23 +221,23 @@ def test_split_heads(normed, rotary):
 def test_attention(blocked, rate, causal, window):
     kv_index = np.array([0, 0, 1])
     mask = (kv_index, causal, window, POSITIONS, np.array([2, 0, 7, 5, 3, 1]))
-    extra = (0.6, *mask, rate, KEY, SAMPLES, np.arange(3))
+    masking = kernels.Masking(0.6, *mask, rate, KEY, SAMPLES, np.arange(3))
 
     def forward(q, k, v):
         out = np.empty_like(q)
         if blocked:
             forward.saved = (out, np.empty((B, 3, S)))
-            kernels.blocked_attention_forward(q, k, v, *extra, *forward.saved)
+            kernels.blocked_attention_forward(q, k, v, masking, *forward.saved)
         else:
             forward.saved = (np.empty((B, 3, S, 6)),)
-            kernels.attention_forward(q, k, v, *extra, *forward.saved, out)
+            kernels.attention_forward(q, k, v, masking, *forward.saved, out)
         return [out]
 
     def backward(w, q, k, v):
         forward(q, k, v)
         gradients = [np.empty_like(q), np.empty_like(k), np.empty_like(v)]
         function = kernels.blocked_attention_backward if blocked else kernels.attention_backward
-        function(w[0], q, k, v, *extra, *forward.saved, *gradients)
+        function(w[0], q, k, v, masking, *forward.saved, *gradients)
         return gradients
 
     check_gradients(forward, backward, normal(S, B, 3, 4), normal(6, B, 2, 4), normal(6, B, 2, 4))
@@ -324,17 +324,18 @@ def test_cross_entropy_equals_torch():
 @pytest.mark.parametrize("name", ["attention", "attention_causal"])
 def test_attention_equals_torch(name, blocked):
     q, k, v, out, dout, *expected = stored(name, "q", "k", "v", "out", "dout", "d_q", "d_k", "d_v")
-    rows = np.arange(10)
-    args = (q, k, v, 8**-0.5, np.repeat([0, 1], 3), name.endswith("causal"), None, rows, rows, 0.0, KEY, np.arange(2))
+    rows, sources = np.arange(10), np.repeat([0, 1], 3)
+    dropout = (0.0, KEY, np.arange(2), np.arange(6))
+    args = (q, k, v, kernels.Masking(8**-0.5, sources, name.endswith("causal"), None, rows, rows, *dropout))
     ours, gradients = np.empty_like(q), [np.empty_like(q), np.empty_like(k), np.empty_like(v)]
     if blocked:
         lse = np.empty((2, 6, 10))
-        kernels.blocked_attention_forward(*args, np.arange(6), ours, lse)
-        kernels.blocked_attention_backward(dout, *args, np.arange(6), ours, lse, *gradients)
+        kernels.blocked_attention_forward(*args, ours, lse)
+        kernels.blocked_attention_backward(dout, *args, ours, lse, *gradients)
     else:
         probabilities = np.empty((2, 6, 10, 10))
-        kernels.attention_forward(*args, np.arange(6), probabilities, ours)
-        kernels.attention_backward(dout, *args, np.arange(6), probabilities, *gradients)
+        kernels.attention_forward(*args, probabilities, ours)
+        kernels.attention_backward(dout, *args, probabilities, *gradients)
     assert_equal(ours, out)
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert_equal(gradient, wanted)

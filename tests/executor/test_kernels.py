@@ -34,6 +34,7 @@ import executor.reference.loss as reference_loss
 import executor.reference.matmul as reference_matmul
 import executor.reference.norm as reference_norm
 import executor.reference.optimizer as reference_optimizer
+from executor.reference.masking import Masking
 
 DTYPES = [np.float32, np.float64]
 TOLERANCE = {np.dtype(np.float32): 2e-6, np.dtype(np.float64): 1e-13}
@@ -55,15 +56,26 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, slack: float = 1.0) -
     np.testing.assert_allclose(actual, expected, rtol=0, atol=8 * tolerance * largest)
 
 
+def copied(value: Any) -> Any:
+    """A copy of an array, and of those that a masking has."""
+    if isinstance(value, Masking):
+        return Masking(*map(copied, value))
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def flat(args: list[Any]) -> list[Any]:
+    """Arguments, with the fields of a masking in its place."""
+    return [x for a in args for x in (a if isinstance(a, Masking) else (a,))]
+
+
 def both(fused: ModuleType, reference: ModuleType, name: str, *args: Any, slack: float = 1.0, **kwargs: Any) -> None:
     """Run both forms on copies of the same arguments; every array must end up the same, inputs included."""
-    ours = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
-    theirs = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
+    ours, theirs = ([copied(a) for a in args] for _ in range(2))
     result = getattr(fused, name)(*ours, **kwargs)
     expected = getattr(reference, name)(*theirs, **kwargs)
     if expected is not None:
         assert result == pytest.approx(expected, rel=1e-6 if args[0].dtype == np.float32 else 1e-13)
-    for mine, other in zip(ours, theirs, strict=True):
+    for mine, other in zip(flat(ours), flat(theirs), strict=True):
         if isinstance(mine, np.ndarray):
             if mine.dtype.kind == "f":
                 assert_close(mine, other, slack)
@@ -251,7 +263,7 @@ def test_attention_equals_the_reference(Sq, Sk, B, d, causal, window, rate, dtyp
     dropout = (rate, KEY, np.arange(B) + 9, np.arange(heads) + 4)
     q, k, v = make(Sq, B, heads, d), make(Sk, B, kv, d), make(Sk, B, kv, d)
     probabilities = np.zeros((B, heads, Sq, Sk), dtype)
-    args = (q, k, v, 0.4, *mask, *dropout, probabilities)
+    args = (q, k, v, Masking(0.4, *mask, *dropout), probabilities)
     both(fused_attention, reference_attention, "attention_forward", *args, make(*q.shape), slack=4)
     reference_attention.attention_forward(*args, make(*q.shape))
     grads = (make(*q.shape), make(*k.shape), make(*v.shape))
@@ -269,12 +281,12 @@ def test_attention_by_steps_equals_the_reference(Sq, Sk, B, causal, window, rate
     q, k, v = make(Sq, B, heads, d), make(Sk, B, kv, d), make(Sk, B, kv, d)
     state = [make(*q.shape), make(B, heads, Sq), np.abs(make(B, heads, Sq)) + dtype(0.1)]
     state[0][0], state[1][..., 0], state[2][..., 0] = 0, -np.inf, 0  # a query that has seen no key yet
-    args = (q, k, v, 0.4, *mask, *dropout)
+    args = (q, k, v, Masking(0.4, *mask, *dropout))
     both(fused_blocked, reference_blocked, "block_attention_step", *args, *state, slack=8)
     both(fused_blocked, reference_blocked, "block_attention_finish", *state, make(B, heads, Sq), slack=8)
     both(fused_blocked, reference_blocked, "attention_delta", make(*q.shape), make(*q.shape), make(B, heads, Sq))
     lse, grads = make(B, heads, Sq) + dtype(3), (make(*q.shape), make(*k.shape), make(*v.shape))
-    lse[..., 0] = np.where((reference_attention.visible(*mask[1:])[0]).any(), 3, -np.inf)
+    lse[..., 0] = np.where(args[3].visible()[0].any(), 3, -np.inf)
     args = (make(*q.shape), *args, lse, make(B, heads, Sq), *grads)
     both(fused_blocked, reference_blocked, "block_attention_step_backward", *args, slack=16)
 
@@ -295,7 +307,7 @@ def test_blocked_attention_equals_plain_over_many_tiles(dtype, order, causal, wi
     dropout = (rate, KEY, np.arange(B) + 2, np.arange(heads))
     packed = make(S, B, heads + 2 * kv, d)
     q, k, v = np.split(packed, [heads, heads + kv], axis=2)  # strided views, as in the executor
-    args, dout = (q, k, v, d**-0.5, *mask, *dropout), make(S, B, heads, d)
+    args, dout = (q, k, v, Masking(d**-0.5, *mask, *dropout)), make(S, B, heads, d)
     probabilities, lse = np.zeros((B, heads, S, S), dtype), np.zeros((B, heads, S), dtype)
     plain, blocked = make(S, B, heads, d), make(S, B, heads, d)
     fused_attention.attention_forward(*args, probabilities, plain)
@@ -321,20 +333,20 @@ def test_ring_steps_in_any_order_give_the_whole_attention(module):
     rows = [np.concatenate([chunks[r], chunks[-1 - r]]) for r in range(ranks)]  # zig-zag: equal causal work
 
     def at(q_rows, k_rows):
-        return (0.5, kv_index, True, None, q_rows, k_rows, 0.25, KEY, samples, ids)
+        return Masking(0.5, kv_index, True, None, q_rows, k_rows, 0.25, KEY, samples, ids)
 
     everything = np.arange(S)
     whole, lse = np.zeros_like(q), np.zeros((B, heads, S))
-    module.blocked_attention_forward(q, k, v, *at(everything, everything), whole, lse)
+    module.blocked_attention_forward(q, k, v, at(everything, everything), whole, lse)
     whole_grads = [np.zeros_like(q) for _ in range(3)]
-    module.blocked_attention_backward(dout, q, k, v, *at(everything, everything), whole, lse, *whole_grads)
+    module.blocked_attention_backward(dout, q, k, v, at(everything, everything), whole, lse, *whole_grads)
     dq, dk, dv = (np.zeros_like(q) for _ in range(3))
     for rank, mine in enumerate(rows):
         out, top, total = np.empty_like(q[mine]), np.empty((B, heads, mine.size)), np.empty((B, heads, mine.size))
         module.block_attention_start(out, top, total)
         turns = [rows[(rank - turn) % ranks] for turn in range(ranks)]
         for theirs in turns:
-            module.block_attention_step(q[mine], k[theirs], v[theirs], *at(mine, theirs), out, top, total)
+            module.block_attention_step(q[mine], k[theirs], v[theirs], at(mine, theirs), out, top, total)
         module.block_attention_finish(out, top, total, top)
         np.testing.assert_allclose(out, whole[mine], atol=1e-13)
         np.testing.assert_allclose(top, lse[..., mine], atol=1e-13)
@@ -342,7 +354,7 @@ def test_ring_steps_in_any_order_give_the_whole_attention(module):
         module.attention_delta(dout[mine], out, delta)
         for theirs in turns:
             dk_part, dv_part = np.zeros((theirs.size, B, heads, d)), np.zeros((theirs.size, B, heads, d))
-            args = (dout[mine], q[mine], k[theirs], v[theirs], *at(mine, theirs), top, delta, dq_mine, dk_part, dv_part)
+            args = (dout[mine], q[mine], k[theirs], v[theirs], at(mine, theirs), top, delta, dq_mine, dk_part, dv_part)
             module.block_attention_step_backward(*args)
             dk[theirs] += dk_part
             dv[theirs] += dv_part
@@ -354,8 +366,9 @@ def test_ring_steps_in_any_order_give_the_whole_attention(module):
 def test_blocked_attention_needs_no_memory_that_grows_with_the_square_of_the_sequence():
     def peak_bytes(S):
         q = np.ones((S, 1, 1, 4), np.float32)
-        args = (q, q, q, 0.5, np.zeros(1, int), False, None, np.arange(S), np.arange(S), 0.0, KEY)
-        args, out, lse = (*args, np.zeros(1, int), np.zeros(1, int)), np.empty_like(q), np.empty((1, 1, S), np.float32)
+        zero, positions = np.zeros(1, int), (np.arange(S), np.arange(S))
+        args = (q, q, q, Masking(0.5, zero, False, None, *positions, 0.0, KEY, zero, zero))
+        out, lse = np.empty_like(q), np.empty((1, 1, S), np.float32)
         grads, sizes = [np.empty_like(q) for _ in range(3)], []
 
         def work():  # a thread of its own starts without scratch memory
@@ -379,8 +392,8 @@ def test_blocked_attention_needs_no_memory_that_grows_with_the_square_of_the_seq
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_query_that_sees_no_key_gives_zeros_and_no_nan(plain):
     q, k, v = (np.ones((3, 1, 1, 2), np.float32) for _ in range(3))
-    args = (q, k, v, 1.0, np.zeros(1, int), True, None, np.array([0, 5, 9]), np.array([4, 5, 6]))
-    args = (*args, 0.0, KEY, np.zeros(1, int), np.zeros(1, int))
+    zero, positions = np.zeros(1, int), (np.array([0, 5, 9]), np.array([4, 5, 6]))
+    args = (q, k, v, Masking(1.0, zero, True, None, *positions, 0.0, KEY, zero, zero))
     out, grads = np.full_like(q, 7), [np.full_like(q, 7) for _ in range(3)]
     if plain:
         saved = (np.full((1, 1, 3, 3), 7, np.float32),)
@@ -569,21 +582,8 @@ def test_kernels_refuse_other_dtypes_and_compile_once_for_all_shapes_and_strides
 def test_the_same_call_twice_is_bitwise_equal():
     make = arrays(2, np.float32)
     q, k, v = (make(130, 2, 2, 16) for _ in range(3))
-    args = (
-        q,
-        k,
-        v,
-        0.25,
-        np.arange(2),
-        True,
-        None,
-        np.arange(130),
-        np.arange(130),
-        0.1,
-        KEY,
-        np.arange(2),
-        np.arange(2),
-    )
+    two, positions = np.arange(2), np.arange(130)
+    args = (q, k, v, Masking(0.25, two, True, None, positions, positions, 0.1, KEY, two, two))
     results = []
     for _ in range(2):
         out, lse, grads = np.empty_like(q), np.empty((2, 2, 130), np.float32), [np.empty_like(q) for _ in range(3)]
