@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
-import threadpoolctl
-
+from executor.calibrate.fit import fit_threads
 from executor.calibrate.probes import Probe, run_probe
+from executor.threads import blas_threads, use_threads
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -52,23 +51,26 @@ def all_cores() -> Iterator[None]:
         os.sched_setaffinity(0, own)
 
 
-def thread_speedup(cores: int, probe: Probe, seconds: float) -> tuple[float, ...]:
-    """Speed of a probe's matrix products on 1, 2, ... threads relative to one; the other ranks must be idle.
+def thread_speedup(cores: int, probes: Sequence[Probe], seconds: float) -> tuple[tuple[float, ...], float]:
+    """Speed of matrix products on 1, 2, ... threads relative to one, and what starting them takes.
 
-    Powers of two are timed, the rest lies between. The fastest run counts: a thread that waits for another process's
-    turn holds up all.
+    Powers of two are timed, the rest lies between. The other ranks must be idle. The fastest run of each product
+    counts: a thread that waits for another process's turn holds up all.
     """
     counts = sorted({2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores})
-    fastest = []
+    before = blas_threads()
+    times: list[list[float]] = []
     with all_cores():
         for threads in counts:
-            with threadpoolctl.threadpool_limits(threads):
-                found = run_probe(probe, perf_counter() + seconds / len(counts), threads).observations
-            products = [each for each in found if each.kind.startswith("linear")]
-            fastest.append(sum(each.count * min(elapsed for elapsed, _ in each.samples) for each in products))
-    # More threads slow a product down only where another process holds one of their cores.
-    speedups = np.maximum.accumulate(np.clip(fastest[0] / np.asarray(fastest), 1.0, counts))
-    return tuple(float(value) for value in np.interp(range(1, cores + 1), counts, speedups))
+            use_threads(threads)
+            times.append([])
+            for probe in probes:
+                deadline = perf_counter() + seconds / (len(counts) * len(probes))
+                found = run_probe(probe, deadline, threads).observations
+                products = [each for each in found if each.kind.startswith("linear")]
+                times[-1] += [min(elapsed for elapsed, _ in each.samples) for each in products]
+    use_threads(before)
+    return fit_threads(cores, counts, times)
 
 
 @contextmanager

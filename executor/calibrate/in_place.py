@@ -18,7 +18,7 @@ from executor.comm import Communicator
 from executor.data import Batches
 from executor.runtime import Runtime
 from planner.mesh import Mesh
-from planner.model import with_sizes
+from planner.model import ModelSpec, with_sizes
 from planner.plan import Plan, make_plan
 
 OPERATION_OF = {
@@ -40,6 +40,11 @@ TYPICAL_BYTES = 1 << 18
 WARMUP_STEPS = 2
 LEAST_STEPS, MAX_STEPS = 5, 16
 HEAD_DIM = 32
+LARGE = (512, 128)
+"""Hidden size and tokens of a sequence whose activations, a MiB and more, come from memory when they are sent."""
+
+ESSENTIAL = 2
+"""So many of the sizes are run even when the time is used up."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,21 @@ def fastest_algorithms(timed: Sequence[Timed]) -> dict[str, str]:
 
 
 def plans(ranks: int, algorithms: Mapping[str, str]) -> list[Plan]:
-    """Small plans that put every rank on one axis."""
-    axes: list[tuple[Mesh, dict[str, Any]]] = [
+    """Small plans that put every rank on one axis, and as many more whose tensors outgrow a core's own cache."""
+    return [
+        make_plan(
+            _model(ranks, hidden, seq_len, 2 if mesh.pp == 1 else ranks), mesh,
+            global_batch_size=4 * mesh.dp * mesh.pp,  # a micro-batch for every stage
+            micro_batch_size=4, collectives=dict(algorithms), **options,
+        )
+        for hidden, seq_len in ((128, 64), (320, 64), LARGE)
+        for mesh, options in _axes(ranks)
+        if (hidden, seq_len) != LARGE or mesh.tp * mesh.cp > 1
+    ]  # fmt: skip
+
+
+def _axes(ranks: int) -> list[tuple[Mesh, dict[str, Any]]]:
+    return [
         (Mesh(tp=ranks), {}),
         (Mesh(tp=ranks), {"sequence_parallel": True}),
         (Mesh(dp=ranks), {"zero_stage": 1}),
@@ -72,34 +90,36 @@ def plans(ranks: int, algorithms: Mapping[str, str]) -> list[Plan]:
         (Mesh(cp=ranks), {"cp_kind": "ring"}),
         (Mesh(pp=ranks), {}),
     ]
-    found = []
-    for hidden in (128, 320):
-        heads = max(ranks, hidden // HEAD_DIM)
-        spec = with_sizes(None, layers=max(2, ranks), hidden=heads * HEAD_DIM, heads=heads, seq_len=max(64, 2 * ranks))
-        for mesh, options in axes:
-            batch = 4 * mesh.dp * mesh.pp  # a micro-batch for every stage
-            found.append(
-                make_plan(
-                    spec, mesh, global_batch_size=batch, micro_batch_size=4, collectives=dict(algorithms), **options
-                )
-            )
-    return found
+
+
+def _model(ranks: int, hidden: int, seq_len: int, layers: int) -> ModelSpec:
+    heads = max(ranks, hidden // HEAD_DIM)
+    return with_sizes(None, layers=layers, hidden=heads * HEAD_DIM, heads=heads, seq_len=max(seq_len, 2 * ranks))
 
 
 def time_in_place(comm: Communicator, algorithms: Mapping[str, str], seconds: float) -> list[InPlace]:
-    """Run the plans on all ranks; collective, every rank gets the result."""
+    """Run the plans on all ranks; collective, every rank gets the result. The last are left out when time is up."""
     found: list[InPlace] = []
     ready = plans(comm.size, algorithms)
     begun = perf_counter()
     for position, plan in enumerate(ready):
+        if position >= ESSENTIAL * len(_axes(comm.size)) and _any_late(comm, begun + seconds):
+            break
         found += _time_plan(comm, plan, algorithms, begun + seconds * (position + 1) / len(ready))
     return found
+
+
+def _any_late(comm: Communicator, deadline: float) -> bool:
+    """Whether some rank's clock has passed the deadline, the same answer on all."""
+    late = np.array([float(perf_counter() > deadline)])
+    comm.world.all_reduce(late, "max", key="profile")
+    return bool(late[0])
 
 
 def _time_plan(comm: Communicator, plan: Plan, algorithms: Mapping[str, str], deadline: float) -> list[InPlace]:
     """The collectives of one plan."""
     batches = Batches("synthetic", plan.model, plan.global_batch_size, plan.training.seed)
-    runtime = Runtime(plan, comm, batches, np.dtype(plan.training.precision))
+    runtime = Runtime(plan, comm, batches)
     tasks = [task for part in runtime.program.steps for task in part.tasks]
     wanted = OPERATION_OF if plan.mesh.pp == 1 else ("send", "post_receive")
     chosen = [position for position, task in enumerate(tasks) if task.kind in wanted]
@@ -108,9 +128,7 @@ def _time_plan(comm: Communicator, plan: Plan, algorithms: Mapping[str, str], de
         spans = runtime.run_step(number).spans
         if number >= WARMUP_STEPS:
             runs.append([spans[i].end - spans[i].start - spans[i].wait for i in chosen])
-        late = np.array([float(perf_counter() > deadline)])
-        comm.world.all_reduce(late, "max", key="profile")
-        if late[0] and len(runs) >= LEAST_STEPS:
+        if len(runs) >= LEAST_STEPS and _any_late(comm, deadline):
             break
     means = np.array(runs)
     if plan.mesh.pp == 1:  # pipeline ranks have different tasks: rank 0 speaks for itself

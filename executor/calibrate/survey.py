@@ -21,6 +21,7 @@ from executor.calibrate.in_place import InPlace, fastest_algorithms, time_in_pla
 from executor.calibrate.probes import Probe, ProbeResult, run_probe
 from executor.comm import ALGORITHMS, Communicator
 from executor.measure import gemm_flops_per_second, resident_bytes
+from executor.session import load_kernels
 from planner.machine import Machine
 
 Report = Callable[[str, float], None]
@@ -58,8 +59,8 @@ QUICK_PROBES = (
     Probe(512, 128, 4, layers=1),
     Probe(512, 128, 2, share=0.5, layers=1),
     Probe(128, 64, 4, head_dim=32),
-    Probe(256, 64, 4, clip_norm=1e-3, sizes=LLAMA),
     Probe(1024, 128, 1, layers=1),
+    Probe(256, 64, 4, clip_norm=1e-3, sizes=LLAMA),
     Probe(256, 128, 4, attention="blocked"),
     Probe(160, 96, 2, head_dim=32, attention="blocked"),
     Probe(256, 256, 1, layers=1, attention="blocked"),
@@ -67,10 +68,13 @@ QUICK_PROBES = (
 ESSENTIAL = 9
 """So many of the first probes show every kind of operator: they are run even when the time is used up."""
 
-THREADS_SECONDS = 1.0
+THREADS_SECONDS = 2.0
+THREAD_PROBES = 2
+"""How many of the first probes run on several threads: products of two sizes tell their start from their speed."""
+
 TOGETHER_SECONDS = 1.0
-TOGETHER = 2
-"""How many of the first probes all ranks also run at the same time."""
+TOGETHER = (0, 1, 4)
+"""Which probes all ranks also run at the same time: in cache, out of it, and with weights that are hardly reused."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class _Budget:
     in_place: float
 
 
-DEFAULT = _Budget(alone=24.0, exchanges=10.0, in_place=6.0)
+DEFAULT = _Budget(alone=24.0, exchanges=10.0, in_place=10.0)
 QUICK = _Budget(alone=5.5, exchanges=2.5, in_place=1.5)
 
 
@@ -174,6 +178,8 @@ def _survey_alone(ranks: int, quick: bool, seconds: float, tell: Report) -> Surv
         peak_flops_per_second={name: gemm_flops_per_second(np.dtype(name)) for name in ("float32", "float64")},
     )
     probes = QUICK_PROBES if quick else PROBES
+    for probe in (Probe(64, 16, 1), Probe(64, 16, 1, attention="blocked", sizes=LLAMA)):
+        load_kernels(probe.plan())  # compiled before time counts
     begun = perf_counter()
     for position, probe in enumerate(probes):
         if position >= ESSENTIAL and perf_counter() > begun + seconds:
@@ -185,7 +191,9 @@ def _survey_alone(ranks: int, quick: bool, seconds: float, tell: Report) -> Surv
         )
         left = begun + seconds - perf_counter()
         survey.alone.append(run_probe(probe, perf_counter() + left / (len(probes) - position)))
-    survey.thread_speedup = thread_speedup(survey.cores, probes[0], THREADS_SECONDS)
+    tell("matrix products on several threads", 0.6)
+    threads = thread_speedup(survey.cores, probes[:THREAD_PROBES], THREADS_SECONDS)
+    survey.thread_speedup, survey.thread_call_seconds = threads
     if not quick:
         survey.oversubscription_slowdown = _oversubscription(probes[0], survey.alone[0])
     unsettled = sum(not found.stable for found in survey.alone)
@@ -209,17 +217,18 @@ def _crowding(survey: Survey) -> float:
     load = survey.ranks / survey.cores
     ratios = [
         median(crowded.step_seconds) / median(alone.step_seconds) / load
-        for crowded, alone in zip(survey.together, survey.alone, strict=False)
+        for crowded, alone in zip(survey.together, (survey.alone[i] for i in TOGETHER), strict=False)
     ]
     return max(1.0, median(ratios))
 
 
 def _probe_together(comm: Communicator, quick: bool, tell: Report) -> list[ProbeResult]:
-    """The first probes on all ranks at the same time."""
+    """Some probes on all ranks at the same time."""
     if comm.size == 1:
         return []
     found = []
-    for probe in (QUICK_PROBES if quick else PROBES)[:TOGETHER]:
+    probes = QUICK_PROBES if quick else PROBES
+    for probe in (probes[position] for position in TOGETHER):
         tell(f"the same on all {comm.size} ranks at once", 0.6)
         comm.world.barrier()
         found.append(run_probe(probe, perf_counter() + TOGETHER_SECONDS))

@@ -15,6 +15,7 @@ from numba.np import linalg as untyped_linalg
 from executor.environment import AVX512_KERNELS
 from executor.fused.compile import helper, intrinsic, kernel
 from executor.reference.arrays import Floats
+from executor.threads import blas_threads
 
 cgutils: Any = untyped_cgutils
 linalg: Any = untyped_linalg
@@ -109,17 +110,10 @@ SMALL_PRODUCT = 1_000_000
 
 
 @functools.cache
-def one_thread() -> bool:
-    """Whether BLAS runs on one thread (NumPy and SciPy each bring a library, with threads of its own)."""
-    found = [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
-    return all(library["num_threads"] == 1 for library in found)
-
-
-@functools.cache
 def has_small_kernels() -> bool:
-    """Whether BLAS has kernels for small products (OpenBLAS on AVX-512) and one thread, which is all they use."""
+    """Whether BLAS has kernels for small products: OpenBLAS on AVX-512, which runs them on the calling thread."""
     found = [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
-    return bool(found) and one_thread() and all(library.get("architecture") in AVX512_KERNELS for library in found)
+    return bool(found) and all(library.get("architecture") in AVX512_KERNELS for library in found)
 
 
 def rows_per_product(rows: int, inner: int, columns: int) -> int:
@@ -161,7 +155,7 @@ def matmul(
     if inner != inner_b or out.shape != (rows, columns):
         raise ValueError(f"matmul of [{rows}, {inner}] and [{inner_b}, {columns}] into {list(out.shape)}")
     assert _adjacent(a) and _adjacent(b) and _adjacent(out), "BLAS takes strided rows of adjacent elements"
-    if transpose_a and not transpose_b and not accumulate and one_thread():
+    if transpose_a and not transpose_b and not accumulate and blas_threads() == 1:
         # NumPy's own BLAS is newer than SciPy's: 2 to 9% faster at weight gradients. With several threads the idle ones
         # of one library spin on the cores that the other's need, and the step takes three times as long.
         np.matmul(a.T, b, out=out)

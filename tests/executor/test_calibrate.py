@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from executor.calibrate.assemble import Survey, concurrent_slowdowns, figure_name, machine_of
+from executor.calibrate.assemble import Survey, concurrent_products, concurrent_slowdowns, figure_name, machine_of
 from executor.calibrate.exchanges import (
     ALWAYS_BYTES,
     OPERATIONS,
@@ -22,7 +22,7 @@ from executor.calibrate.exchanges import (
     group_sizes,
     time_exchanges,
 )
-from executor.calibrate.fit import fit_attention, fit_excess, fit_gemm, fit_regimes
+from executor.calibrate.fit import fit_attention, fit_concurrent, fit_excess, fit_gemm, fit_regimes, fit_threads
 from executor.calibrate.in_place import OPERATION_OF, fastest_algorithms, plans
 from executor.calibrate.probes import LEAST_STEPS, Observation, Probe, ProbeResult, is_stable, run_probe
 from executor.calibrate.survey import PROBES, QUICK_PROBES
@@ -212,11 +212,33 @@ def test_slowdown_beside_others_is_scaled_to_as_many_ranks_as_cores(tiny: ProbeR
         tiny.processor_seconds,
     )
     survey = survey_of(tiny, together=(slower,))
-    assert concurrent_slowdowns(survey)["linear"] == pytest.approx(1.5, rel=0.1)
+    assert concurrent_slowdowns(survey)["norm"] == pytest.approx(1.5, rel=0.1)
+    assert concurrent_products(survey) == pytest.approx((1.5, 0.0), rel=0.1)
     survey.cores = 3  # two ranks on three cores: one neighbour of two
-    assert concurrent_slowdowns(survey)["linear"] == pytest.approx(2.0, rel=0.1)
+    assert concurrent_slowdowns(survey)["norm"] == pytest.approx(2.0, rel=0.1)
+    assert concurrent_products(survey) == pytest.approx((2.0, 0.0), rel=0.1)
     survey.together = []
     assert concurrent_slowdowns(survey) == {}
+    assert concurrent_products(survey) == (1.0, 0.0)
+
+
+def test_what_neighbours_and_a_shared_memory_bus_add_to_products_is_told_apart() -> None:
+    alone = [1e-4, 2e-4, 1e-3, 4e-3, 1e-4]
+    moved = [1e6, 1e5, 1e7, 4e6, 4e6]
+    together = [1.05 * seconds + 3e-12 * each for seconds, each in zip(alone, moved, strict=True)]
+    slowdown, seconds_per_byte = fit_concurrent(alone, together, moved)
+    assert slowdown == pytest.approx(1.05, abs=1e-3)
+    assert seconds_per_byte == pytest.approx(3e-12, rel=0.02)
+    assert fit_concurrent(alone, [0.9 * each for each in alone], moved) == (1.0, 0.0)
+
+
+def test_the_start_of_threads_is_told_from_their_speed() -> None:
+    alone = [5e-5, 2e-4, 1e-3, 2e-2]
+    twice, fourfold = ([each / speed + 2e-5 for each in alone] for speed in (1.9, 3.4))
+    table, start = fit_threads(4, [1, 2, 4], [alone, twice, fourfold])
+    assert table == pytest.approx((1.0, 1.9, 2.65, 3.4), rel=1e-3)
+    assert start == pytest.approx(2e-5, rel=1e-2)
+    assert fit_threads(1, [1], [alone]) == ((1.0,), 0.0)
 
 
 # ---- communication ---------------------------------------------------------------------------------------------------
