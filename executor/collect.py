@@ -47,12 +47,14 @@ class TrainingState(NamedTuple):
 def collect(runtime: Runtime) -> TrainingState | None:
     """Gather gradients and parameters; collective, the result is rank 0's."""
     plan, comm = runtime.plan, runtime.comm
-    own = [array for unit in runtime.units.values() for array in (unit.reduced(), _held(unit))]
+    download = runtime.device.download
+    own = [download(array) for unit in runtime.units.values() for array in (unit.reduced(), _held(unit))]
     if comm.rank:
         wait_all([comm.world.isend(array, 0, tag, key="collect") for tag, array in enumerate(own) if array.size])
         return None
-    wholes = _Whole(plan, runtime.dtype), _Whole(plan, runtime.dtype)
-    sharded = plan.zero_stage > 0, plan.zero_stage == 3  # gradients; parameters between steps
+    dtype, mixed = runtime.precision.master, runtime.precision.mixed
+    wholes = _Whole(plan, dtype), _Whole(plan, dtype)
+    sharded = plan.zero_stage > 0, plan.zero_stage == 3 or (mixed and plan.zero_stage > 0)  # gradients; parameters
     for at in (at for at in plan.mesh.coordinates() if at.dp == at.cp == 0):
         # Units depend on the pipeline and tensor coordinates only.
         for position, unit in enumerate(lower(plan, plan.mesh.rank(at)).units):
@@ -63,8 +65,11 @@ def collect(runtime: Runtime) -> TrainingState | None:
 
 
 def _held(unit: UnitState) -> Array:
-    """The parameters that a rank has between steps: whole wherever it has them whole, so that copies are compared."""
-    return unit.shard if unit.whole is None else unit.whole
+    """The parameters that a rank has between steps: whole wherever it has them whole, so that copies are compared.
+
+    Under mixed precision the master copy counts, of which `UnitState.whole` is a rounded one.
+    """
+    return unit.shard if unit.whole is None or unit.has_master else unit.whole
 
 
 def _replicas(

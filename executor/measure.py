@@ -7,6 +7,7 @@ functions that reduce a prediction.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections import deque
@@ -21,8 +22,10 @@ from numpy.typing import NDArray
 
 from executor.collect import gather_bytes
 from executor.comm import ClockWatch, Communicator
+from executor.device import HOST, Device
 from executor.environment import describe_environment
 from executor.memory import Arena
+from executor.precision import Precision
 from executor.runtime import StepResult
 from planner.model import model_flops
 from planner.plan import Plan
@@ -32,6 +35,7 @@ KEPT_STEPS = 32
 """How many of the last timed steps keep their spans: enough to hold a step near the median, bounded on long runs."""
 
 GEMM_SIZE = {"float32": 1024, "float64": 768}
+DEVICE_GEMM_SIZE = 8192  # a smaller product does not fill a large GPU
 GEMM_REPEATS = 5
 
 
@@ -39,14 +43,19 @@ class Recorder:
     """What a rank remembers of its run; making one is collective over the job, which compares its clocks.
 
     Attributes:
-        losses: global loss of every step, warm-up included.
-        gradient_norms: global gradient norm of every step; empty where the plan does not clip, which computes it.
+        losses: global loss of every step, warm-up included; None where it was not a number.
+        gradient_norms: global gradient norm of every step, None where it was skipped; empty where the plan does not
+            clip, which computes it.
+        loss_scales: the loss scale of every step; empty where nothing scales the loss.
+        skipped_steps: numbers of the steps that changed nothing, because float16 overflowed.
     """
 
     def __init__(self, plan: Plan, comm: Communicator) -> None:
         self.plan, self.comm = plan, comm
-        self.losses: list[float] = []
-        self.gradient_norms: list[float] = []
+        self.losses: list[float | None] = []
+        self.gradient_norms: list[float | None] = []
+        self.loss_scales: list[float] = []
+        self.skipped_steps: list[int] = []
         self.resident_at_start_bytes = resident_bytes()
         self._clocks = ClockWatch(comm)
         self._seconds: list[float] = []
@@ -54,9 +63,14 @@ class Recorder:
 
     def add(self, result: StepResult, *, timed: bool) -> None:
         """Note one step; bytes are counted from the first timed one."""
-        self.losses.append(result.loss)
-        if self.plan.training.clip_norm is not None and not self.plan.forward_only:
-            self.gradient_norms.append(result.gradient_norm)
+        if result.skipped:
+            self.skipped_steps.append(len(self.losses))
+        self.losses.append(result.loss if math.isfinite(result.loss) else None)
+        trains = not self.plan.forward_only
+        if self.plan.training.clip_norm is not None and trains:
+            self.gradient_norms.append(None if result.skipped else result.gradient_norm)
+        if Precision.of(self.plan).scales_loss and trains:
+            self.loss_scales.append(result.loss_scale)
         if timed:
             self._seconds.append(result.seconds)
             self._kept.append(result)
@@ -91,12 +105,16 @@ class Recorder:
             peak_parts=arena.peak,
             resident_bytes=resident_bytes(),
             resident_at_start_bytes=self.resident_at_start_bytes,
+            device_bytes=arena.device.peak_bytes(),
         )
         gathered = gather_bytes(comm, msgspec.msgpack.encode(own))
         if comm.rank:
             return None
         ranks = [msgspec.msgpack.decode(content, type=_RankRecord) for content in gathered]
-        machine = _machine_note(self.plan, peak_flops_per_second)
+        machine = _machine_note(self.plan, peak_flops_per_second, arena.device)
+        if not arena.device.is_host:
+            pools = [rank.device_bytes for rank in ranks]
+            notes = notes | {"device": arena.device.note()._asdict(), "device_pool_bytes": pools}
         notes = notes | {"clock_offsets": self._clocks.note()}
         return self._measurement(ranks, seconds, seconds[timed - kept + index], machine, notes)
 
@@ -139,6 +157,8 @@ class Recorder:
             steps=seconds,
             losses=self.losses,
             gradient_norms=self.gradient_norms,
+            loss_scales=self.loss_scales,
+            skipped_steps=self.skipped_steps,
             resident_bytes=[rank.resident_bytes for rank in ranks],
             environment=describe_environment() | notes | {"resident_growth_bytes": growth},
             payload_bytes=_bytes_by_operation(ranks[0]),
@@ -155,6 +175,7 @@ class _RankRecord(msgspec.Struct):
     peak_parts: dict[str, int]
     resident_bytes: int
     resident_at_start_bytes: int
+    device_bytes: int
 
 
 def aligned_spans(ranks: Sequence[_RankRecord]) -> list[Span]:
@@ -194,17 +215,24 @@ def _bytes_by_operation(record: _RankRecord) -> dict[str, int]:
     return totals
 
 
-def _machine_note(plan: Plan, peak_flops_per_second: float) -> MachineNote:
+def _machine_note(plan: Plan, peak_flops_per_second: float, device: Device) -> MachineNote:
     """Name the machine and the rate that the MFU divides by."""
+    if not device.is_host:
+        note, precision = device.note(), plan.training.precision
+        size = DEVICE_GEMM_SIZE
+        return MachineNote(
+            name=f"{note.name}, CUDA {note.runtime}", precision=precision, peak_flops_per_second=peak_flops_per_second,
+            provenance=f"{precision} GEMM of {size}x{size}x{size} on rank 0's device in this run (cuBLAS)",
+        )  # fmt: skip
     environment = describe_environment()
     kernels = ", ".join(f"{x['name']} {x['architecture']}" for x in environment["blas"] if x["architecture"])
-    precision, threads = plan.training.precision, plan.training.threads_per_rank
-    size = GEMM_SIZE[precision]
+    measured, threads = Precision.of(plan).master.name, plan.training.threads_per_rank
+    size = GEMM_SIZE[measured]
     return MachineNote(
         name=f"{environment['processor']}, {environment['usable_cores']} cores, {threads} thread(s) per rank",
-        precision=precision,
+        precision=measured,
         peak_flops_per_second=peak_flops_per_second,
-        provenance=f"{precision} GEMM of {size}x{size}x{size} on one rank's threads in this run ({kernels})",
+        provenance=f"{measured} GEMM of {size}x{size}x{size} on one rank's threads in this run ({kernels})",
     )
 
 
@@ -214,8 +242,10 @@ def resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
-def gemm_flops_per_second(dtype: np.dtype[Any]) -> float:
-    """Best rate of a square matrix product on this process's BLAS threads, in FLOP/s."""
+def gemm_flops_per_second(dtype: np.dtype[Any], device: Device = HOST) -> float:
+    """Best rate of a square matrix product on this process's BLAS threads, or on its device, in FLOP/s."""
+    if not device.is_host:
+        return _device_gemm_flops_per_second(dtype, device)
     size = GEMM_SIZE[dtype.name]
     a = np.linspace(-1, 1, size * size, dtype=dtype).reshape(size, size)
     out = np.matmul(a, a)  # also brings the threads up
@@ -225,3 +255,20 @@ def gemm_flops_per_second(dtype: np.dtype[Any]) -> float:
         np.matmul(a, a, out=out)
         best = min(best, perf_counter() - start)
     return 2 * size**3 / best
+
+
+def _device_gemm_flops_per_second(dtype: np.dtype[Any], device: Device) -> float:
+    """The same by the device's own product and clock; random operands, for zeros are faster than any real ones."""
+    size = DEVICE_GEMM_SIZE
+    a, out = device.empty((size, size), dtype), device.empty((size, size), dtype)
+    a[...] = device.upload(np.random.default_rng(0).standard_normal((size, size), np.float32))
+    device.kernels.matmul(a, a, out)
+    device.begin_step()
+    marks = [device.now()]
+    for _ in range(GEMM_REPEATS):
+        device.kernels.matmul(a, a, out)
+        marks.append(device.now())
+    rate = float(2 * size**3 / np.diff(device.seconds(marks)).min())
+    del a, out
+    device.release_unused()  # the pool's high-water mark is to be the plan's
+    return rate

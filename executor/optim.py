@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from executor import kernels
+from executor.device import HOST, Device
 from executor.state import UnitState
 from planner.mesh import Coordinate
 from planner.plan import Plan, Training
@@ -37,13 +39,28 @@ def update(unit: UnitState, training: Training, step: int) -> None:
     for start, stop, decay in runs(unit):
         part = slice(start, stop)
         if training.optimizer == "sgd":
-            kernels.sgd(unit.shard[part], gradient[part], rate)
+            unit.kernels.sgd(unit.shard[part], gradient[part], rate)
             continue
         first, second = unit.moments
-        kernels.adamw(
+        unit.kernels.adamw(
             unit.shard[part], gradient[part], first[part], second[part], rate, training.beta1, training.beta2,
             training.epsilon, training.weight_decay if decay else 0.0, step + 1,
         )  # fmt: skip
+    unit.refresh()
+
+
+def unscale(units: Iterable[UnitState], scale: float) -> bool:
+    """Divide the gradients that the optimizer will use by the loss scale; whether all of them are numbers.
+
+    A power of two divides without rounding. A sum of squares in float64 is finite exactly if its float32 terms are.
+    """
+    device: Device = HOST
+    total: Any = 0.0
+    for unit in units:
+        unit.scale_gradient(1.0 / scale)
+        total += unit.kernels.sum_of_squares(unit.reduced())
+        device = unit.arena.device
+    return math.isfinite(device.number(total))
 
 
 def runs(unit: UnitState) -> list[tuple[int, int, bool]]:
@@ -58,9 +75,13 @@ def runs(unit: UnitState) -> list[tuple[int, int, bool]]:
     return merged
 
 
-def squared_norm(units: list[UnitState], plan: Plan, at: Coordinate, is_second_copy: bool) -> float:
-    """This rank's share of the squared global gradient norm; over all ranks every parameter is counted once."""
-    total = 0.0
+def squared_norm(units: list[UnitState], plan: Plan, at: Coordinate, is_second_copy: bool) -> Any:
+    """This rank's share of the squared global gradient norm; over all ranks every parameter is counted once.
+
+    Returns:
+        A scalar of the units' device.
+    """
+    total: Any = 0.0
     for unit in units:
         if not plan.zero_stage and (at.dp or at.cp):
             continue  # replicas hold the same gradients
@@ -70,11 +91,11 @@ def squared_norm(units: list[UnitState], plan: Plan, at: Coordinate, is_second_c
                 continue
             part = gradient[start:stop]
             if plan.mesh.tp > 1 and kv_shared(plan) and "qkv" in slot.parameter.dims:
-                mask = _first_holder(plan, at, slot)[
-                    start + unit.range[0] - slot.offset : stop + unit.range[0] - slot.offset
-                ]
-                part = part[mask]
-            total += kernels.sum_of_squares(part)
+                first = unit.range[0] - slot.offset
+                mask = _first_holder(plan, at, slot)[start + first : stop + first]
+                # By index: a device would have to wait for the count of a mask.
+                part = part[unit.arena.device.upload(np.flatnonzero(mask))]
+            total += unit.kernels.sum_of_squares(part)
     return total
 
 

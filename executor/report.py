@@ -96,13 +96,18 @@ def show_measurement(measured: Measurement, written: str) -> None:
         ("mesh", f"pp={mesh.pp} dp={mesh.dp} cp={mesh.cp} tp={mesh.tp}"),
         ("step", f"{measured.step_seconds * 1e3:.1f} ms, median of {len(measured.steps)}"),
         ("tokens/s", f"{measured.tokens_per_second:,.0f}"),
-        ("loss", f"{first:.4f} first, {last:.4f} last"),
+        ("loss", f"{_loss(first)} first, {_loss(last)} last"),
         ("MFU", f"{measured.mfu:.1%} of {measured.machine.peak_flops_per_second / 1e9:.0f} GFLOP/s per rank"),
         ("bubble", f"{measured.bubble_fraction:.1%}"),
         ("communication", f"{measured.exposed_communication_seconds * 1e3:.1f} ms exposed, mean of ranks"),
         ("waiting", f"{measured.wait_seconds * 1e3:.1f} ms for slower ranks, mean of ranks"),
         ("peak memory", f"{_bytes(measured.peak_bytes[worst])} on rank {worst}: {parts}"),
     ]
+    if measured.loss_scales:
+        skipped = f"{len(measured.skipped_steps)} of {len(measured.losses)} steps skipped"
+        rows.append(("loss scale", f"{measured.loss_scales[-1]:g} in the last step, {skipped}"))
+    if measured.environment.get("emulated"):
+        rows.append(("note", f"{measured.plan.training.precision} was emulated: times mean nothing"))
     if measured.environment.get("oversubscribed"):
         rows.append(("note", "more threads than cores: ranks take turns, times say little about the layout"))
     for row in rows:
@@ -126,8 +131,12 @@ def show_check(report: CheckReport) -> None:
     worst = report.largest
     print(
         f"{verdict}: largest relative difference {worst.difference:.2e} ({worst.quantity} of {worst.tensor}), "
-        f"limit {report.limit:g} in {report.dtype}"
+        f"limit {worst.limit:g} in {report.dtype}"
     )
+
+
+def _loss(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4f}"
 
 
 def _bytes(count: int) -> str:

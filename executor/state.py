@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from executor import kernels
 from executor.memory import Arena, Block
+from executor.precision import Precision
 from executor.random import derive_key, normal
 from planner.placement import Placement, fixed_size
 from planner.plan import Plan
@@ -24,12 +24,16 @@ INITIAL_STD = 0.02  # Devlin et al. 2019, Radford et al. 2019
 class UnitState:
     """The flat buffers of one unit.
 
-    `whole` and `gradient` are None while only the shard of them is held (ZeRO 3, ZeRO 2); `touched` tells which
-    gradients of the step hold a value already, so that the first one overwrites rather than adds.
+    `whole` is what kernels read and `shard` the owned range that the optimizer updates: a part of `whole`, or under
+    mixed precision the float32 master copy, of which `whole` is the rounded working copy. `whole` and `gradient` are
+    None while only the shard of them is held (ZeRO 3, ZeRO 2); `touched` tells which gradients of the step hold a value
+    already, so that the first one overwrites rather than adds.
     """
 
-    def __init__(self, plan: Plan, unit: Unit, arena: Arena, dtype: np.dtype[Any], position: int) -> None:
-        self.plan, self.unit, self.arena, self.dtype = plan, unit, arena, dtype
+    def __init__(self, plan: Plan, unit: Unit, arena: Arena, precision: Precision, position: int) -> None:
+        self.plan, self.unit, self.arena, self.kernels = plan, unit, arena, arena.device.kernels
+        self.working, self.dtype = precision.storage, precision.master
+        self.has_master = precision.mixed and not plan.forward_only  # evaluation updates nothing
         starts = offsets(unit.shard_sizes)
         self.range = (starts[position], starts[position + 1]) if plan.zero_stage else (0, unit.size)
         self.slots = {slot.parameter.name: slot for slot in unit.slots}
@@ -38,10 +42,13 @@ class UnitState:
         self.keeps_whole = plan.zero_stage < 3
         self.keeps_gradient = plan.zero_stage < 2 or tied(plan, unit)
         self._blocks: dict[str, Block] = {}
-        self.whole = self._new("whole", unit.size, "parameters") if self.keeps_whole else None
-        self.shard = (
-            self.whole[slice(*self.range)] if self.whole is not None else self._new("shard", self.owned, "parameters")
-        )
+        self.whole = self._new("whole", unit.size, "parameters", self.working) if self.keeps_whole else None
+        if self.has_master:
+            self.shard = self._new("shard", self.owned, "optimizer")
+        elif self.whole is not None:
+            self.shard = self.whole[slice(*self.range)]
+        else:
+            self.shard = self._new("shard", self.owned, "parameters", self.working)
         self.gradient: Array | None = None
         self.gradient_shard: Array | None = None
         self.moments: tuple[Array, ...] = ()
@@ -61,8 +68,9 @@ class UnitState:
         """Elements that this rank updates."""
         return self.range[1] - self.range[0]
 
-    def _new(self, name: str, size: int, part: str) -> Array:
-        self._blocks[name], array = self.arena.array((size,), self.dtype, part)
+    def _new(self, name: str, size: int, part: str, dtype: np.dtype[Any] | None = None) -> Array:
+        what = f"{name} of {self.unit.block}"
+        self._blocks[name], array = self.arena.array((size,), dtype or self.dtype, part, what)
         return array  # type: ignore[return-value]
 
     # ---- values ----------------------------------------------------------------------------------------------------
@@ -74,16 +82,29 @@ class UnitState:
 
     def initialise(self, placement: Placement, seed: int) -> None:
         """Fill the parameters; every element depends on (seed, name, global index) only."""
-        flat = self.whole if self.whole is not None else np.empty(self.unit.size, self.dtype)
+        flat = self.whole
+        if flat is None or flat.dtype != self.dtype or not self.arena.device.is_host:
+            flat = np.empty(self.unit.size, self.dtype)
         for slot in self.unit.slots:
             fill(self.view(flat, slot), slot, placement, seed)
-        if self.whole is None:
-            self.shard[:] = flat[slice(*self.range)]
+        if flat is not self.whole:
+            self.set_parameters(self.arena.device.upload(flat))
+
+    def set_parameters(self, flat: Array) -> None:
+        """Take the whole unit's parameters from a flat array."""
+        self.shard[...] = flat[slice(*self.range)]
+        if self.whole is not None:
+            self.whole[...] = flat
+
+    def refresh(self) -> None:
+        """Round the updated master parameters into the working copy's owned range."""
+        if self.has_master and self.whole is not None:
+            self.whole[slice(*self.range)] = self.shard
 
     def gather_room(self) -> Array:
         """Room for the whole unit while it is gathered (ZeRO 3); the own shard is in its slot already."""
         if self.whole is None:
-            self.whole = self._new("gathered", self.unit.size, "buffers")
+            self.whole = self._new("gathered", self.unit.size, "buffers", self.working)
             self.whole[slice(*self.range)] = self.shard
         return self.whole
 
@@ -122,7 +143,7 @@ class UnitState:
 
     def scale_gradient(self, factor: float) -> None:
         """Scale the gradient that the optimizer will use."""
-        kernels.scale(self.reduced(), factor)
+        self.kernels.scale(self.reduced(), factor)
 
     def finish_gradient(self) -> None:
         """After reducing into the shard: the whole gradient is not kept."""

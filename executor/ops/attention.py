@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from executor import kernels
 from executor.ops.context import Array, Context, Ints, MicroBatch, binding, flat
+from executor.reference.masking import Masking
 from planner.placement import Placement
 from planner.program.tasks import Task
 from planner.shard import shared_kv_heads
@@ -16,10 +15,11 @@ from planner.shard import shared_kv_heads
 
 def _heads(c: Context, task: Task) -> tuple[Ints, Ints, int]:
     """This rank's query heads, the local key-value head that each reads, and how many of those there are."""
-    model = c.plan.model
-    heads = c.index("heads", task.attributes["where"]["heads"])
+    model, axes = c.plan.model, task.attributes["where"]["heads"]
+    heads = c.index("heads", axes)
     first, last = shared_kv_heads(model.heads, model.kv_heads, int(heads[0]), int(heads[-1]) + 1)
-    return heads, heads // (model.heads // model.kv_heads) - first, last - first
+    kv_index = c.constant(("kv_index", axes), lambda: heads // (model.heads // model.kv_heads) - first)
+    return c.positions("heads", axes), kv_index, last - first
 
 
 @binding("split_heads.forward")
@@ -27,7 +27,7 @@ def _split_heads_forward(c: Context, m: MicroBatch, task: Task) -> None:
     heads, _, kv_heads = _heads(c, task)
     cos, sin = c.rotary(task)
     before, rstd = _qk_saved(m, task.writes[3:])
-    kernels.split_heads_forward(
+    c.kernels.split_heads_forward(
         m.arrays[task.reads[0]], c.value(task, "split_heads.bias"), c.value(task, "q_gain"), c.value(task, "k_gain"),
         c.plan.model.norm_epsilon, cos, sin, len(heads), kv_heads, before, rstd,
     )  # fmt: skip
@@ -39,13 +39,13 @@ def _split_heads_backward(c: Context, m: MicroBatch, task: Task) -> None:
     packed = m.arrays[task.writes[0]]
     views = _views(packed, len(heads), kv_heads, c.plan.model.head_dim)
     for name, view in zip(task.reads[:3], views, strict=True):
-        if not np.shares_memory(m.arrays[name], packed):
+        if not np.may_share_memory(m.arrays[name], packed):  # buffers are apart as wholes: bounds decide
             view[...] = m.arrays[name]
     cos, sin = c.rotary(task)
     before, rstd = _qk_saved(m, task.reads[3:])
     if cos is None and not task.gradients:
         return
-    kernels.split_heads_backward(
+    c.kernels.split_heads_backward(
         packed, before, rstd, c.value(task, "q_gain"), c.value(task, "k_gain"), cos, sin, len(heads), kv_heads,
         c.gradient(task, "split_heads.bias"), c.gradient(task, "q_gain"), c.gradient(task, "k_gain"),
     )  # fmt: skip
@@ -81,22 +81,23 @@ def view_of(packed: Array, selector: str, shape: tuple[int, ...]) -> Array:
     return packed[..., end - kv_heads * width : end].reshape(shape)
 
 
-def _masking(c: Context, m: MicroBatch, task: Task, k_positions: Ints | None = None) -> dict[str, Any]:
-    """Arguments that say which key each query sees and which probabilities are dropped."""
+def _masking(c: Context, m: MicroBatch, task: Task, k_positions: Ints | None = None) -> Masking:
+    """Which key each query sees and which probabilities are dropped."""
     heads, kv_index, _ = _heads(c, task)
-    where = task.attributes["where"]
-    return {
-        "scale": 1.0 / math.sqrt(c.plan.model.head_dim),
-        "kv_index": kv_index,
-        "causal": task.attributes["causal"],
-        "window": task.attributes["window"],
-        "q_positions": c.index("seq", where["seq"]),
-        "k_positions": c.index("seq", where["key_seq"]) if k_positions is None else k_positions,
-        "rate": c.rate,
-        "key": c.dropout_key(task.name),
-        "samples": m.samples,
-        "head_ids": heads,
-    }
+    attributes = task.attributes
+    where = attributes["where"]
+    return Masking(
+        scale=1.0 / math.sqrt(c.plan.model.head_dim),
+        kv_index=kv_index,
+        causal=attributes["causal"],
+        window=attributes["window"],
+        q_positions=c.positions("seq", where["seq"]),
+        k_positions=c.positions("seq", where["key_seq"]) if k_positions is None else k_positions,
+        rate=c.rate,
+        key=c.dropout_key(task.name),
+        samples=m.samples,
+        head_ids=heads,
+    )
 
 
 def _by_head(c: Context, array: Array) -> Array:
@@ -109,15 +110,15 @@ def _by_head(c: Context, array: Array) -> Array:
 def _attention_forward(c: Context, m: MicroBatch, task: Task) -> None:
     q, k, v = (m.arrays[name] for name in task.reads)
     out, probabilities = (m.arrays[name] for name in task.writes)
-    kernels.attention_forward(q, k, v, **_masking(c, m, task), probabilities=probabilities, out=_by_head(c, out))
+    c.kernels.attention_forward(q, k, v, _masking(c, m, task), probabilities=probabilities, out=_by_head(c, out))
 
 
 @binding("attention_plain.backward")
 def _attention_backward(c: Context, m: MicroBatch, task: Task) -> None:
     dout, q, k, v, probabilities = (m.arrays[name] for name in task.reads)
     dq, dk, dv = (m.arrays[name] for name in task.writes)
-    kernels.attention_backward(
-        _by_head(c, dout), q, k, v, **_masking(c, m, task), probabilities=probabilities, dq=dq, dk=dk, dv=dv
+    c.kernels.attention_backward(
+        _by_head(c, dout), q, k, v, _masking(c, m, task), probabilities=probabilities, dq=dq, dk=dk, dv=dv
     )
 
 
@@ -125,15 +126,15 @@ def _attention_backward(c: Context, m: MicroBatch, task: Task) -> None:
 def _blocked_forward(c: Context, m: MicroBatch, task: Task) -> None:
     q, k, v = (m.arrays[name] for name in task.reads)
     out, logsumexp = (m.arrays[name] for name in task.writes)
-    kernels.blocked_attention_forward(q, k, v, **_masking(c, m, task), out=_by_head(c, out), logsumexp=logsumexp)
+    c.kernels.blocked_attention_forward(q, k, v, _masking(c, m, task), out=_by_head(c, out), logsumexp=logsumexp)
 
 
 @binding("attention_blocked.backward")
 def _blocked_backward(c: Context, m: MicroBatch, task: Task) -> None:
     dout, q, k, v, out, logsumexp = (m.arrays[name] for name in task.reads)
     dq, dk, dv = (m.arrays[name] for name in task.writes)
-    kernels.blocked_attention_backward(
-        _by_head(c, dout), q, k, v, **_masking(c, m, task), out=_by_head(c, out), logsumexp=logsumexp,
+    c.kernels.blocked_attention_backward(
+        _by_head(c, dout), q, k, v, _masking(c, m, task), out=_by_head(c, out), logsumexp=logsumexp,
         dq=dq, dk=dk, dv=dv,
     )  # fmt: skip
 
@@ -141,8 +142,8 @@ def _blocked_backward(c: Context, m: MicroBatch, task: Task) -> None:
 def _block_positions(c: Context, task: Task) -> Ints:
     """Global positions of the keys that have come here round the ring."""
     mesh, at = c.plan.mesh, c.placement.at
-    origin = at._replace(cp=(at.cp - task.attributes["step"]) % mesh.cp)
-    return Placement(c.plan, origin).index("seq", ("cp",))
+    origin = (at.cp - task.attributes["step"]) % mesh.cp
+    return c.constant(("block", origin), lambda: Placement(c.plan, at._replace(cp=origin)).index("seq", ("cp",)))
 
 
 @binding("attention_step.forward")
@@ -151,9 +152,9 @@ def _step_forward(c: Context, m: MicroBatch, task: Task) -> None:
     out, running_max, running_sum = (m.arrays[name] for name in task.writes)
     accumulator = _by_head(c, out)
     if task.attributes["step"] == 0:
-        kernels.block_attention_start(accumulator, running_max, running_sum)
-    kernels.block_attention_step(
-        q, k, v, **_masking(c, m, task, _block_positions(c, task)), out_accumulator=accumulator,
+        c.kernels.block_attention_start(accumulator, running_max, running_sum)
+    c.kernels.block_attention_step(
+        q, k, v, _masking(c, m, task, _block_positions(c, task)), out_accumulator=accumulator,
         running_max=running_max, running_sum=running_sum,
     )  # fmt: skip
 
@@ -161,13 +162,15 @@ def _step_forward(c: Context, m: MicroBatch, task: Task) -> None:
 @binding("attention_finish.forward")
 def _finish_forward(c: Context, m: MicroBatch, task: Task) -> None:
     out, running_max, running_sum = (m.arrays[name] for name in task.reads)
-    kernels.block_attention_finish(_by_head(c, out), running_max, running_sum, m.arrays[task.writes[1]])
+    c.kernels.block_attention_finish(_by_head(c, out), running_max, running_sum, m.arrays[task.writes[1]])
+    if task.writes[0] != task.reads[0]:  # summed in float32 beside an output of 16 bits
+        m.arrays[task.writes[0]][...] = out
 
 
 @binding("attention_delta.backward")
 def _delta_backward(c: Context, m: MicroBatch, task: Task) -> None:
     dout, out = (m.arrays[name] for name in task.reads)
-    kernels.attention_delta(_by_head(c, dout), _by_head(c, out), m.arrays[task.writes[0]])
+    c.kernels.attention_delta(_by_head(c, dout), _by_head(c, out), m.arrays[task.writes[0]])
 
 
 @binding("attention_step.backward")
@@ -177,7 +180,7 @@ def _step_backward(c: Context, m: MicroBatch, task: Task) -> None:
     if task.attributes["step"] == 0:
         for gradient in (dq, dk, dv):
             gradient[...] = 0
-    kernels.block_attention_step_backward(
-        _by_head(c, dout), q, k, v, **_masking(c, m, task, _block_positions(c, task)), logsumexp=logsumexp,
+    c.kernels.block_attention_step_backward(
+        _by_head(c, dout), q, k, v, _masking(c, m, task, _block_positions(c, task)), logsumexp=logsumexp,
         delta=delta, dq=dq, dk=dk, dv=dv,
     )  # fmt: skip

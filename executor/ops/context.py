@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from executor.device import HOST, Device
+from executor.precision import Precision
 from executor.random import derive_key
 from executor.state import UnitState
 from planner.placement import Placement
 from planner.plan import Plan
 from planner.program.tasks import Task
+from planner.shard import offsets, shared_kv_heads
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -36,14 +39,24 @@ class Context:
     plan: Plan
     placement: Placement
     units: dict[str, UnitState]  # by parameter name
-    dtype: np.dtype[Any]
+    precision: Precision
+    kernels: Any  # the table of kernels: `executor.kernels`, or what stands in for it
     ends: tuple[int, int]  # pipeline ranks of the first and the last stage
+    device: Device = HOST
     step: int = 0
     loss_scale: float = 0.0  # 1 / number of counted tokens in the global batch
-    loss: float = 0.0
+    gradient_scale: float = 1.0  # by which float16 multiplies the loss gradient
+    loss: Any = 0.0  # a scalar of the device until the step's last task
     keys: dict[tuple[int, str], int] = field(default_factory=dict)
     _index: dict[tuple[str, tuple[str, ...]], Ints] = field(default_factory=dict)
-    _rotary: dict[tuple[float, tuple[str, ...]], tuple[Array, Array]] = field(default_factory=dict)
+    _constants: dict[tuple[object, ...], Any] = field(default_factory=dict)
+
+    def constant(self, key: tuple[object, ...], make: Callable[[], Array]) -> Array:
+        """An array that no step changes, made once on the host and kept on the device."""
+        found: Array | None = self._constants.get(key)
+        if found is None:
+            found = self._constants[key] = self.device.upload(make())
+        return found
 
     def index(self, unit: str, axes: tuple[str, ...]) -> Ints:
         """Global indices of this rank's part of a dimension."""
@@ -52,9 +65,26 @@ class Context:
             found = self._index[unit, axes] = self.placement.index(unit, axes)
         return found
 
+    def positions(self, unit: str, axes: tuple[str, ...]) -> Ints:
+        """The same on the device."""
+        return self.constant(("index", unit, axes), lambda: self.index(unit, axes))
+
     def rows(self, task: Task) -> Ints:
-        """Global positions of the rows that a task works on."""
-        return self.index("seq", task.attributes["where"]["seq"])
+        """Global positions of the rows that a task works on, on the device."""
+        return self.positions("seq", task.attributes["where"]["seq"])
+
+    def tied_ranks(self) -> tuple[int, ...]:
+        """This rank and its partner at the other end of the pipeline, if they share the embedding's weight."""
+        mesh, at, ends = self.plan.mesh, self.placement.at, self.ends
+        if not self.plan.model.tie_embeddings or ends[0] == ends[1] or at.pp not in ends:
+            return ()
+        return tuple(mesh.rank(at._replace(pp=end)) for end in ends)
+
+    def kv_columns(self) -> slice:
+        """Columns of the key (or value) heads that this rank holds, among those of all heads."""
+        model, tp, starts = self.plan.model, self.placement.at.tp, offsets(self.plan.parts.heads)
+        first, last = shared_kv_heads(model.heads, model.kv_heads, starts[tp], starts[tp + 1])
+        return slice(first * model.head_dim, last * model.head_dim)
 
     def dropout_key(self, name: str) -> int:
         """Key of an operator's dropout mask in this step."""
@@ -100,11 +130,17 @@ class Context:
         if theta is None:
             return None, None
         axes = task.attributes["where"]["seq"]
-        if (theta, axes) not in self._rotary:
+
+        def table(function: np.ufunc) -> Array:
             half = self.plan.model.head_dim // 2
-            angles = np.outer(self.rows(task), theta ** (-np.arange(half) / half))
-            self._rotary[theta, axes] = (np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype))
-        return self._rotary[theta, axes]
+            angles = np.outer(self.index("seq", axes), theta ** (-np.arange(half) / half))
+            values: Array = function(angles).astype(self.precision.master)
+            return values
+
+        return (
+            self.constant(("cosines", theta, axes), lambda: table(np.cos)),
+            self.constant(("sines", theta, axes), lambda: table(np.sin)),
+        )
 
 
 Binding = Callable[[Context, MicroBatch, Task], None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from executor import kernels
 from executor.ops.context import Array, Context, MicroBatch, binding, first_index, flat
 from planner.program.tasks import Task
 
@@ -10,13 +9,13 @@ from planner.program.tasks import Task
 @binding("linear.forward")
 def _linear_forward(c: Context, m: MicroBatch, task: Task) -> None:
     x, y = (flat(m.arrays[name]) for name in (task.reads[0], task.writes[0]))
-    kernels.matmul(x, c.need(task, "weight"), y, transpose_b=task.attributes["transposed"])
+    c.kernels.matmul(x, c.need(task, "weight"), y, transpose_b=task.attributes["transposed"])
 
 
 @binding("linear.backward_input")
 def _linear_backward_input(c: Context, m: MicroBatch, task: Task) -> None:
     dy, dx = (flat(m.arrays[name]) for name in (task.reads[0], task.writes[0]))
-    kernels.matmul(
+    c.kernels.matmul(
         dy, c.need(task, "weight"), dx,
         transpose_b=not task.attributes["transposed"], accumulate=task.attributes["accumulate"],
     )  # fmt: skip
@@ -27,27 +26,27 @@ def _linear_backward_weight(c: Context, m: MicroBatch, task: Task) -> None:
     x, dy = (flat(m.arrays[name]) for name in task.reads)
     gradient, held = c.units[task.gradients[0]].gradient_of(task.gradients[0])
     first, second = (dy, x) if task.attributes["transposed"] else (x, dy)
-    kernels.matmul(first, second, gradient, transpose_a=True, accumulate=held)
+    c.kernels.matmul(first, second, gradient, transpose_a=True, accumulate=held)
 
 
 @binding("bias.backward")
 def _bias_backward(c: Context, m: MicroBatch, task: Task) -> None:
     gradient = c.gradient(task, "bias")
     assert gradient is not None
-    gradient += flat(m.arrays[task.reads[0]]).sum(axis=0)
+    gradient += flat(m.arrays[task.reads[0]]).sum(axis=0, dtype=gradient.dtype)
 
 
 @binding("embedding.forward")
 def _embedding_forward(c: Context, m: MicroBatch, task: Task) -> None:
     first = first_index(c, task, "vocab")
-    kernels.embedding_forward(m.arrays["ids"], c.need(task, "weight"), first, m.arrays[task.writes[0]])
+    c.kernels.embedding_forward(m.arrays["ids"], c.need(task, "weight"), first, m.arrays[task.writes[0]])
 
 
 @binding("embedding.backward")
 def _embedding_backward(c: Context, m: MicroBatch, task: Task) -> None:
     gradient = c.gradient(task, "weight")
     assert gradient is not None
-    kernels.embedding_backward(m.arrays["ids"], m.arrays[task.reads[1]], gradient, first_index(c, task, "vocab"))
+    c.kernels.embedding_backward(m.arrays["ids"], m.arrays[task.reads[1]], gradient, first_index(c, task, "vocab"))
 
 
 def _type_row(table: Array | None) -> Array | None:
@@ -60,7 +59,7 @@ def _positions_forward(c: Context, m: MicroBatch, task: Task) -> None:
     x, out = m.arrays[task.reads[0]], m.arrays[task.writes[0]]
     types = _type_row(c.value(task, "types.weight"))
     table, key = c.value(task, "positions.weight"), c.dropout_key(task.name)
-    kernels.add_positions_forward(x, c.rows(task), table, types, c.rate, key, m.samples, out)
+    c.kernels.add_positions_forward(x, c.rows(task), table, types, c.rate, key, m.samples, out)
 
 
 @binding("positions.backward")
@@ -68,7 +67,7 @@ def _positions_backward(c: Context, m: MicroBatch, task: Task) -> None:
     dout, dx = m.arrays[task.reads[0]], m.arrays[task.writes[0]]
     types = _type_row(c.gradient(task, "types.weight"))
     table, key = c.gradient(task, "positions.weight"), c.dropout_key(task.name)
-    kernels.add_positions_backward(dout, c.rows(task), table, types, c.rate, key, m.samples, dx)
+    c.kernels.add_positions_backward(dout, c.rows(task), table, types, c.rate, key, m.samples, dx)
 
 
 def _statistics(c: Context, m: MicroBatch, names: tuple[str, ...]) -> tuple[Array | None, Array]:
@@ -82,7 +81,7 @@ def _norm_forward(c: Context, m: MicroBatch, task: Task) -> None:
     out, *saved = task.writes
     mean, rstd = _statistics(c, m, tuple(saved))
     model = c.plan.model
-    kernels.norm_forward(
+    c.kernels.norm_forward(
         m.arrays[task.reads[0]], c.need(task, "gain"), c.value(task, ".bias"), model.norm_epsilon,
         m.arrays[out], mean, rstd, model.norm == "rms",
     )  # fmt: skip
@@ -95,7 +94,7 @@ def _norm_backward(c: Context, m: MicroBatch, task: Task) -> None:
     mean, rstd = _statistics(c, m, task.reads[2 : 2 + count])
     dgain = c.gradient(task, "gain")
     assert dgain is not None
-    kernels.norm_backward(
+    c.kernels.norm_backward(
         dy, x, c.need(task, "gain"), mean, rstd, m.arrays[task.writes[0]], dgain, c.gradient(task, ".bias"),
         c.plan.model.norm == "rms", accumulate_dx=task.attributes["accumulate"],
     )  # fmt: skip
@@ -104,7 +103,7 @@ def _norm_backward(c: Context, m: MicroBatch, task: Task) -> None:
 @binding("residual.forward")
 def _residual_forward(c: Context, m: MicroBatch, task: Task) -> None:
     x, residual = (m.arrays[name] for name in task.reads)
-    kernels.dropout_residual_forward(
+    c.kernels.dropout_residual_forward(
         x, c.value(task, "bias_in"), residual, c.rate, c.dropout_key(task.name), m.samples, c.rows(task),
         m.arrays[task.writes[0]],
     )  # fmt: skip
@@ -112,7 +111,7 @@ def _residual_forward(c: Context, m: MicroBatch, task: Task) -> None:
 
 @binding("residual.backward")
 def _residual_backward(c: Context, m: MicroBatch, task: Task) -> None:
-    kernels.dropout_residual_backward(
+    c.kernels.dropout_residual_backward(
         m.arrays[task.reads[0]], c.rate, c.dropout_key(task.name), m.samples, c.rows(task),
         m.arrays[task.writes[0]], c.gradient(task, "bias_in"),
     )  # fmt: skip
@@ -124,7 +123,7 @@ def _residual_norm_forward(c: Context, m: MicroBatch, task: Task) -> None:
     stream, normed, *saved = task.writes
     mean, rstd = _statistics(c, m, tuple(saved))
     model = c.plan.model
-    kernels.residual_norm_forward(
+    c.kernels.residual_norm_forward(
         x, c.value(task, "bias_in"), residual, c.rate, c.dropout_key(task.name), m.samples, c.rows(task),
         c.need(task, "gain"), c.value(task, ".bias"), model.norm_epsilon,
         m.arrays[stream], m.arrays[normed], mean, rstd, model.norm == "rms",
@@ -139,7 +138,7 @@ def _residual_norm_backward(c: Context, m: MicroBatch, task: Task) -> None:
     d_stream = m.arrays[task.reads[2 + count]] if task.attributes["has_stream_gradient"] else None
     dgain = c.gradient(task, "gain")
     assert dgain is not None
-    kernels.residual_norm_backward(
+    c.kernels.residual_norm_backward(
         d_normed, d_stream, stream, c.rate, c.dropout_key(task.name), m.samples, c.rows(task), c.need(task, "gain"),
         mean, rstd, m.arrays[task.writes[0]], m.arrays[task.writes[1]], c.gradient(task, "bias_in"), dgain,
         c.gradient(task, ".bias"), c.plan.model.norm == "rms",
@@ -149,7 +148,7 @@ def _residual_norm_backward(c: Context, m: MicroBatch, task: Task) -> None:
 @binding("activation.forward")
 def _activation_forward(c: Context, m: MicroBatch, task: Task) -> None:
     out, derivative = task.writes
-    kernels.activation_forward(
+    c.kernels.activation_forward(
         m.arrays[task.reads[0]], c.value(task, "bias"), task.attributes["activation"], m.arrays[out],
         m.arrays[derivative],
     )  # fmt: skip
@@ -158,18 +157,18 @@ def _activation_forward(c: Context, m: MicroBatch, task: Task) -> None:
 @binding("activation.backward")
 def _activation_backward(c: Context, m: MicroBatch, task: Task) -> None:
     dy, derivative = (m.arrays[name] for name in task.reads)
-    kernels.activation_backward(dy, derivative, m.arrays[task.writes[0]], c.gradient(task, "bias"))
+    c.kernels.activation_backward(dy, derivative, m.arrays[task.writes[0]], c.gradient(task, "bias"))
 
 
 @binding("gated.forward")
 def _gated_forward(c: Context, m: MicroBatch, task: Task) -> None:
     x, out = m.arrays[task.reads[0]], m.arrays[task.writes[0]]
-    kernels.gated_forward(x, c.value(task, "bias"), task.attributes["activation"], out)
+    c.kernels.gated_forward(x, c.value(task, "bias"), task.attributes["activation"], out)
 
 
 @binding("gated.backward")
 def _gated_backward(c: Context, m: MicroBatch, task: Task) -> None:
     dy, x = (m.arrays[name] for name in task.reads)
-    kernels.gated_backward(
+    c.kernels.gated_backward(
         dy, x, c.value(task, "bias"), task.attributes["activation"], m.arrays[task.writes[0]], c.gradient(task, "bias")
     )

@@ -77,22 +77,20 @@ def set_parameters(runtime: Runtime, value):
     """Overwrite every parameter by value(name, global indices of each dimension)."""
     placement = Placement(runtime.plan, runtime.at)
     for unit in runtime.units.values():
-        flat = np.zeros(unit.unit.size, runtime.dtype)
+        flat = np.zeros(unit.unit.size, runtime.precision.master)
         for name, slot in unit.slots.items():
             at = np.ix_(*(placement.index(dim, slot.axes) for dim in slot.parameter.dims))
             unit.view(flat, slot)[...] = value(name, at)
-        unit.shard[:] = flat[slice(*unit.range)]
-        if unit.whole is not None:
-            unit.whole[:] = flat
+        unit.set_parameters(flat)
 
 
-def train(candidate: Plan, steps=1, *, data="synthetic", dtype=None, synchronous_sends=False, parameters=None):
+def train(candidate: Plan, steps=1, *, data="synthetic", synchronous_sends=False, parameters=None):
     """Train through the loopback, from `parameters(name, indices)` if given."""
 
     def main(comm):
         seed = candidate.training.seed
         batches = Batches(data, candidate.model, candidate.global_batch_size, seed)
-        runtime = Runtime(candidate, comm, batches, np.dtype(dtype or candidate.training.precision))
+        runtime = Runtime(candidate, comm, batches)
         if parameters is not None:
             set_parameters(runtime, parameters)
         comm.counters.reset()

@@ -7,8 +7,6 @@ import json
 import tracemalloc
 from typing import Any
 
-import numpy as np
-
 from executor.comm import Communicator
 from executor.comm.mpi import mpi_communicator
 from executor.data import Batches
@@ -41,7 +39,7 @@ def least_growth(comm: Communicator, choices: dict[str, Any]) -> tuple[int, int]
     model = with_sizes(base_spec(), layers=2, hidden=256, heads=4, seq_len=256)
     training = Training(dropout=0.1, optimizer="adamw", clip_norm=1.0)
     plan = make_plan(model, mesh, global_batch_size=BATCH, micro_batch_size=2, training=training, **choices)
-    runtime = Runtime(plan, comm, Batches("synthetic", model, BATCH, 1), np.dtype("float32"))
+    runtime = Runtime(plan, comm, Batches("synthetic", model, BATCH, 1))
     runtime.record = False
     for step in range(2):
         runtime.run_step(step)

@@ -132,7 +132,7 @@ BAD_INPUT = {
     "not a plan": (lambda path: edited(path, kind="prediction"), [], "is a prediction, not a plan"),
     "impossible layout": (lambda path: edited(path, zero_stage=2), [], "zero=2"),
     "precision": (
-        lambda path: edited(path, training={"precision": "bfloat16"}), [], "precision bfloat16 is not computed on CPUs",
+        lambda path: edited(path, training={"precision": "fp8"}), [], "precision fp8 is for predictions only",
     ),
     "missing plan": (lambda path: path.unlink(), [], "cannot read plan file"),
     "missing data": (lambda path: None, ["--data", "no/such/text"], "cannot read data file no/such/text"),

@@ -59,7 +59,7 @@ STEADY = [
 def test_later_steps_reserve_nothing_and_steps_leave_nothing(candidate):
     def main(comm):
         batches = Batches("synthetic", candidate.model, candidate.global_batch_size, 0)
-        runtime = Runtime(candidate, comm, batches, np.dtype("float64"))
+        runtime = Runtime(candidate, comm, batches)
         idle = dict(runtime.arena.live)
         figures = []
         for step in range(4):

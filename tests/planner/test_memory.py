@@ -1,7 +1,6 @@
 """Predicted peaks against the bytes that the executor's arena counts, to the byte, and state in closed form."""
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from small_plans import BERT, CHUNKED, GPT, LLAMA, UNCHUNKED, plan, plans
