@@ -138,8 +138,8 @@ def _run(
 def _check(
     plan_file: PlanFile,
     dtype: Annotated[
-        Literal["float32", "float64"] | None,
-        typer.Option(help="Precision of both runs.", show_default="the plan's, else float32"),
+        Literal["float32", "float64", "tf32", "float16", "bfloat16"] | None,
+        typer.Option(help="Precision of the plan's run.", show_default="the plan's, float32 for fp8"),
     ] = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
@@ -162,7 +162,10 @@ def _profile(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to write.", show_default="your cache folder")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="At most 15 seconds instead of 60.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="At most 15 seconds instead of 60; on CUDA 30 instead of 90.")
+    ] = False,
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Measure this machine as the executor uses it and write its profile."""
@@ -170,7 +173,7 @@ def _profile(
     def job() -> None:
         from executor import commands  # noqa: PLC0415 - loads NumPy
 
-        commands.profile_machine(output, quick=quick, as_json=as_json)
+        commands.profile_machine(output, device, quick=quick, as_json=as_json)
 
     submit(job, 1)
 

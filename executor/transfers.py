@@ -2,7 +2,8 @@
 
 Tensors are sequence-first, so sharding over the sequence splits the leading dimension and MPI takes and fills the
 buffers in place; any other dimension is moved to the front first. Before a blocking collective the ranks wait for each
-other (`Group.arrive`), so that waiting for a slower rank and moving bytes are recorded apart.
+other (`Group.arrive`), so that waiting for a slower rank and moving bytes are recorded apart. The type in which
+each of them travels is in the table of `executor.precision`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.comm import Communicator, Group, Request
+from executor.comm import Communicator, Group, InFlight, Request
+from executor.comm.base import ReduceOp
+from executor.device import Flight
 from executor.memory import Arena, Block
 from executor.ops import Context, MicroBatch
+from executor.precision import as_moved
 from executor.state import UnitState
 from planner.program.tasks import Task
 from planner.program.update import TIED
-from planner.shard import offsets, shared_kv_heads
+from planner.shard import offsets
 
 Array = NDArray[Any]
 
@@ -44,6 +48,7 @@ class Transfers:
         received: requests of posted receives by (stage, micro-batch, tensor).
         pending: sends that have not completed.
         reductions: gradient reductions started early, by block.
+        flights: a device's operations on streams of their own in this step, by task; None where a task had none.
     """
 
     comm: Communicator
@@ -55,8 +60,10 @@ class Transfers:
     received: dict[tuple[int, int, str], Request] = field(default_factory=dict)
     pending: list[Pending] = field(default_factory=list)
     reductions: dict[str, Request] = field(default_factory=dict)
+    flights: list[Flight | None] = field(default_factory=list)
     loss: float = 0.0
     gradient_norm: float = 0.0
+    overflow: bool = False  # some rank's gradient of this step is not a number
     _groups: dict[str, Group] = field(default_factory=dict)
     _rooms: dict[tuple[str, np.dtype[Any]], Array] = field(default_factory=dict)
 
@@ -64,7 +71,7 @@ class Transfers:
         """Make all groups now, in the same order on every rank."""
         plan, at = self.context.plan, self.context.placement.at
         wanted = [(axis, plan.mesh.group(axis, at)) for axis in ("tp", "cp", "dp", "data", "pp", "world")]
-        ends = tied_ranks(self.context)
+        ends = self.context.tied_ranks()
         if ends:
             wanted.append(("tie", ends))
         made = self.comm.create_groups(wanted)
@@ -82,6 +89,8 @@ class Transfers:
 
     def arrive(self, group: Group) -> None:
         """Wait for the group's latest member, timed apart from the bytes that follow."""
+        if self.measure_wait and not self.arena.device.is_host:
+            self.arena.device.synchronise()  # what this rank still computes is no waiting
         self.wait_seconds = group.arrive() if self.measure_wait else 0.0
 
     def progress(self) -> None:
@@ -98,6 +107,11 @@ class Transfers:
             self.arena.release(one.block)
         return True
 
+    def _note_flight(self, request: Request) -> None:
+        """Keep when an operation on a stream of its own began and ends; on the host it is the task's own time."""
+        if not self.arena.device.is_host:
+            self.flights.append(request if isinstance(request, InFlight) else None)
+
     def finish(self) -> None:
         """Wait for all sends of the step."""
         for one in self.pending:
@@ -109,7 +123,7 @@ class Transfers:
         size = math.prod(shape)
         room = self._rooms.get((use, dtype))
         if room is None or room.size < size:
-            room = self._rooms[use, dtype] = np.empty(size, dtype)
+            room = self._rooms[use, dtype] = self.arena.device.empty((size,), dtype)
         return room[:size].reshape(shape)
 
     def _packed(self, use: str, array: Array) -> Array:
@@ -122,12 +136,22 @@ class Transfers:
 
     # ---- redistributions of tensors ----------------------------------------------------------------------------------
 
+    def _reducible(self, array: Array) -> Array:
+        """The array itself in a type that its transport can sum, else room for a wider copy of it."""
+        wide = self.context.precision.reduced
+        return array if array.dtype.itemsize >= wide.itemsize else self._room("reduced", array.shape, wide)
+
     def all_reduce(self, m: MicroBatch, task: Task) -> None:
         """Partial to Replicate, in place."""
         group, buffer = self.group(task), m.arrays[task.reads[0]]
+        summed = self._reducible(buffer)
+        if summed is not buffer:
+            summed[...] = buffer
         self.arrive(group)
         algorithm = self.algorithm(group, "all_reduce")
-        group.all_reduce(buffer, task.attributes["op"], algorithm=algorithm, key=task.key)
+        group.all_reduce(summed, task.attributes["op"], algorithm=algorithm, key=task.key)
+        if summed is not buffer:
+            buffer[...] = summed
 
     def all_gather(self, m: MicroBatch, task: Task) -> None:
         """Shard to Replicate."""
@@ -139,12 +163,12 @@ class Transfers:
             start = offsets(extents)[group.rank]
             target[start : start + extents[group.rank]] = source
             self.arrive(group)
-            group.all_gather(None, target, counts, algorithm=algorithm, key=task.key)
+            group.all_gather(None, as_moved(target), counts, algorithm=algorithm, key=task.key)
             return
         front = self._packed("sent", np.moveaxis(source, dim, 0))
         whole = self._room("received", (sum(extents), *front.shape[1:]), front.dtype)
         self.arrive(group)
-        group.all_gather(front, whole, _counts(extents, front), algorithm=algorithm, key=task.key)
+        group.all_gather(as_moved(front), as_moved(whole), _counts(extents, front), algorithm=algorithm, key=task.key)
         target[...] = np.moveaxis(whole, 0, dim)
 
     def reduce_scatter(self, m: MicroBatch, task: Task) -> None:
@@ -152,11 +176,16 @@ class Transfers:
         group, (source, target) = self.group(task), (m.arrays[task.reads[0]], m.arrays[task.writes[0]])
         dim, extents = task.attributes["target"]
         algorithm = self.algorithm(group, "reduce_scatter")
-        front = self._packed("sent", np.moveaxis(source, dim, 0))
-        part = target if dim == 0 else self._room("received", (extents[group.rank], *front.shape[1:]), front.dtype)
+        front = np.moveaxis(source, dim, 0)
+        summed = self._reducible(front)
+        if summed is not front:
+            summed[...] = front
+        summed = self._packed("sent", summed)
+        in_place = dim == 0 and target.dtype == summed.dtype
+        part = target if in_place else self._room("received", (extents[group.rank], *summed.shape[1:]), summed.dtype)
         self.arrive(group)
-        group.reduce_scatter(front, part, _counts(extents, front), algorithm=algorithm, key=task.key)
-        if dim:
+        group.reduce_scatter(summed, part, _counts(extents, summed), algorithm=algorithm, key=task.key)
+        if not in_place:
             target[...] = np.moveaxis(part, 0, dim)
 
     def all_to_all(self, m: MicroBatch, task: Task) -> None:
@@ -177,7 +206,7 @@ class Transfers:
         received = self._room("received", (sum(counts),), source.dtype)
         self.arrive(group)
         group.all_to_all(
-            send, received, [piece.size for piece in pieces], counts,
+            as_moved(send), as_moved(received), [piece.size for piece in pieces], counts,
             algorithm=self.algorithm(group, "all_to_all"), key=task.key,
         )  # fmt: skip
         parts = np.split(received, offsets(counts)[1:-1])
@@ -198,8 +227,8 @@ class Transfers:
         self.wait_seconds = 0.0
         requests = []
         for tag, (sent, received) in enumerate(zip(task.reads, task.writes, strict=True)):
-            block = self._packed(f"sent {tag}", m.arrays[sent])
-            requests.append(group.iring_shift(block, m.arrays[received], 1, tag, key=task.key))
+            block = as_moved(self._packed(f"sent {tag}", m.arrays[sent]))
+            requests.append(group.iring_shift(block, as_moved(m.arrays[received]), 1, tag, key=task.key))
         for request in requests:
             request.wait()
 
@@ -217,21 +246,28 @@ class Transfers:
         """Post a send and never wait; the block is given back when it has completed."""
         block = m.blocks[root]
         block.holders += 1
-        request = self._groups["pp"].isend(m.arrays[task.reads[0]], self._peer(task), self._tag(task), key=task.key)
+        message = as_moved(m.arrays[task.reads[0]])
+        request = self._groups["pp"].isend(message, self._peer(task), self._tag(task), key=task.key)
+        self._note_flight(request)
         self.pending.append(Pending(request, block))
 
     def post_receive(self, m: MicroBatch, task: Task, slot: tuple[int, int, str]) -> None:
         """Post a receive ahead of its use."""
-        buffer = m.arrays[task.writes[0]]
+        buffer = as_moved(m.arrays[task.writes[0]])
         self.received[slot] = self._groups["pp"].irecv(buffer, self._peer(task), self._tag(task), key=task.key)
 
     def receive(self, slot: tuple[int, int, str]) -> None:
         """Wait for a posted receive, letting other messages move meanwhile."""
         request, begun = self.received.pop(slot), perf_counter()
+        if isinstance(request, InFlight) and request.waits_on_device:
+            request.wait()
+            self.wait_seconds = math.inf  # all of the task is waiting, as long as the device's time line says
+            return
         while not request.test():
             self.progress()
             os.sched_yield()  # the sender may be waiting for this very core
-        self.wait_seconds = perf_counter() - begun
+        request.wait()  # on a device: the compute stream goes behind the copy
+        self.wait_seconds = math.inf if isinstance(request, InFlight) else perf_counter() - begun
 
     # ---- gradients and parameters ------------------------------------------------------------------------------------
 
@@ -246,7 +282,7 @@ class Transfers:
         """Sum the gradients of key-value heads that several ranks hold, through one buffer of all such heads."""
         unit, group, model = self.units[task.name], self.group(task), self.context.plan.model
         width = model.kv_heads * model.head_dim
-        mine = _kv_columns(self.context)
+        mine = self.context.kv_columns()
         for suffix in ("qkv.weight", "split_heads.bias"):
             found = [name for name in unit.slots if name.endswith(suffix)]
             if not found:
@@ -293,6 +329,7 @@ class Transfers:
             self.reductions[task.name] = group.iall_reduce(
                 gradient, algorithm=self.algorithm(group, "all_reduce"), key=task.key
             )
+        self._note_flight(self.reductions[task.name])
 
     def gradient_wait(self, task: Task) -> None:
         """Wait for a reduction started early."""
@@ -331,46 +368,30 @@ class Transfers:
     def _gather(self, unit: UnitState, group: Group, whole: Array, task: Task) -> None:
         self.arrive(group)
         algorithm = self.algorithm(group, "all_gather")
-        group.all_gather(None, whole, unit.unit.shard_sizes, algorithm=algorithm, key=task.key)
+        group.all_gather(None, as_moved(whole), unit.unit.shard_sizes, algorithm=algorithm, key=task.key)
 
     # ---- scalars -----------------------------------------------------------------------------------------------------
 
+    def _over_ranks(self, task: Task, own: float, op: ReduceOp = "sum") -> float:
+        """A number of every rank's, reduced."""
+        total, group = np.array([own]), self.group(task)
+        self.arrive(group)
+        group.all_reduce(total, op, key=task.key)
+        return float(total[0])
+
     def loss_sum(self, task: Task) -> None:
         """The loss of the whole global batch, on every rank."""
-        total = np.array([self.context.loss])
-        group = self.group(task)
-        self.arrive(group)
-        group.all_reduce(total, key=task.key)
-        self.loss = float(total[0])
+        self.loss = self._over_ranks(task, self.arena.device.number(self.context.loss))
 
-    def squared_norm(self, task: Task, local: float) -> None:
-        """The global gradient norm from every rank's own share of the squares."""
-        total = np.array([local])
-        group = self.group(task)
-        self.arrive(group)
-        group.all_reduce(total, key=task.key)
-        self.gradient_norm = math.sqrt(float(total[0]))
+    def overflow_max(self, task: Task, finite: bool) -> None:
+        """Whether any rank found a gradient that is not a number; all ranks learn the same."""
+        self.overflow = bool(self._over_ranks(task, 0.0 if finite else 1.0, "max"))
+
+    def squared_norm(self, task: Task, local: Any) -> None:
+        """The global gradient norm from every rank's own share of the squares, a scalar of the device."""
+        self.gradient_norm = math.sqrt(self._over_ranks(task, self.arena.device.number(local)))
 
 
 def _counts(extents: tuple[int, ...], array: Array) -> list[int]:
     """Elements of each peer's part along the leading dimension."""
     return [extent * math.prod(array.shape[1:]) for extent in extents]
-
-
-def tied_ranks(context: Context) -> tuple[int, ...]:
-    """This rank and its partner at the other end of the pipeline, if they share the embedding's weight."""
-    plan, at = context.plan, context.placement.at
-    if not plan.model.tie_embeddings:
-        return ()
-    ends = context.ends
-    if ends[0] == ends[1] or at.pp not in ends:
-        return ()
-    return tuple(plan.mesh.rank(at._replace(pp=end)) for end in ends)
-
-
-def _kv_columns(context: Context) -> slice:
-    """Columns of the key (or value) heads that this rank holds, among those of all heads."""
-    model, placement = context.plan.model, context.placement
-    starts = offsets(context.plan.parts.heads)
-    first, last = shared_kv_heads(model.heads, model.kv_heads, starts[placement.at.tp], starts[placement.at.tp + 1])
-    return slice(first * model.head_dim, last * model.head_dim)

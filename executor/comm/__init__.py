@@ -10,6 +10,10 @@
     paranoid      fingerprints of collectives and of replicated tensors, compared across ranks
     clock         offsets between the ranks' clocks
     hosts         which ranks share a host
+    transports    how the arrays of a device travel: which of the next three, and what each needs
+    staged        through pinned host memory and the host's channel
+    cuda_aware    by an MPI library that takes device pointers
+    nccl          by NCCL, on streams
     mpi           the MPI transport and the end of a job; the only module that imports mpi4py
     loopback      the in-process transport, ranks as threads
     fabric        where those threads meet, with exact deadlock detection
@@ -18,7 +22,7 @@ Everything but the two transports is imported here; `executor.comm.mpi` initiali
 """
 
 from executor.comm.algorithms import ALGORITHMS
-from executor.comm.base import CommunicationError, Request, wait_all
+from executor.comm.base import CommunicationError, InFlight, Request, wait_all
 from executor.comm.clock import ClockOffsets, ClockWatch, clock_offsets
 from executor.comm.communicator import Communicator
 from executor.comm.group import Elapsed, Group
@@ -35,6 +39,7 @@ __all__ = [
     "Counters",
     "Elapsed",
     "Group",
+    "InFlight",
     "Request",
     "Tally",
     "clock_offsets",

@@ -20,7 +20,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from executor.comm.base import ALGORITHM_TAG, DONE, UFUNCS, Array, Channel, ReduceOp, Request, Steps, offsets_of
+from executor.comm.base import (
+    ALGORITHM_TAG,
+    DONE,
+    REDUCTIONS,
+    UFUNCS,
+    Array,
+    Channel,
+    ReduceOp,
+    Request,
+    Steps,
+    offsets_of,
+)
+
+
+def host_block(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Uninitialised host memory."""
+    return np.empty(num_bytes, np.uint8)
 
 
 class Exchange:
@@ -32,10 +48,18 @@ class Exchange:
         synchronous: use synchronous sends.
         blocking: the caller waits, so native collectives inside may block too.
         pool: free scratch blocks of the group by capacity, reused by later collectives.
+        allocate: makes a block of so many bytes where the operands are.
     """
 
     def __init__(
-        self, channel: Channel, tag: int, *, synchronous: bool, blocking: bool, pool: list[npt.NDArray[np.uint8]]
+        self,
+        channel: Channel,
+        tag: int,
+        *,
+        synchronous: bool,
+        blocking: bool,
+        pool: list[npt.NDArray[np.uint8]],
+        allocate: Callable[[int], npt.NDArray[np.uint8]] = host_block,
     ) -> None:
         self.channel = channel
         self.rank = channel.rank
@@ -44,6 +68,7 @@ class Exchange:
         self._tag = ALGORITHM_TAG + tag
         self._synchronous = synchronous
         self._pool = pool
+        self._allocate = allocate
         self._taken: list[npt.NDArray[np.uint8]] = []
 
     def send(self, part: Array, peer: int) -> Request:
@@ -61,7 +86,7 @@ class Exchange:
         if fitting:
             block = self._pool.pop(min(fitting, key=lambda index: self._pool[index].size))
         else:
-            block = np.empty(num_bytes, np.uint8)
+            block = self._allocate(num_bytes)
         self._taken.append(block)
         return block[: count * dtype.itemsize].view(dtype)
 
@@ -113,7 +138,7 @@ def reduce_scatter_all_to_all(x: Exchange, send: Array, recv: Array, counts: Seq
     own = counts[x.rank]
     gathered = x.scratch(own * x.size, send.dtype)
     yield x.channel.all_to_all(send, gathered, counts, [own] * x.size, blocking=x.blocking)
-    UFUNCS[op].reduce(gathered.reshape(x.size, own), axis=0, out=recv)
+    REDUCTIONS[op](gathered.reshape(x.size, own), axis=0, out=recv)
 
 
 def reduce_scatter_all_reduce(x: Exchange, send: Array, recv: Array, counts: Sequence[int], op: ReduceOp) -> Steps:

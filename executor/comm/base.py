@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -17,10 +17,13 @@ NUM_INTERNAL_TAGS = 1 << 12
 ALGORITHM_TAG = NUM_USER_TAGS
 FINGERPRINT_TAG = NUM_USER_TAGS + NUM_INTERNAL_TAGS
 CLOCK_TAG = NUM_USER_TAGS + 2 * NUM_INTERNAL_TAGS
-MAX_TAG = CLOCK_TAG
+LANE_TAG = CLOCK_TAG + 1
+MAX_TAG = LANE_TAG
 
-DTYPES = frozenset(np.dtype(name) for name in ("float32", "float64", "int32", "int64", "uint8", "uint64"))
+DTYPES = frozenset(np.dtype(name) for name in ("float32", "float64", "int32", "int64", "uint8", "uint16", "uint64"))
 UFUNCS: dict[str, np.ufunc] = {"sum": np.add, "max": np.maximum}
+REDUCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max}
+"""The same along an axis; functions, because CuPy's arrays answer no methods of NumPy's ufuncs."""
 
 
 class CommunicationError(RuntimeError):
@@ -35,6 +38,31 @@ class Request(Protocol):
 
     def wait(self) -> None:
         """Return when the operation has finished; may be called again after that."""
+
+
+class InFlight:
+    """A request that runs on streams of a device; when it began and ended there, for the step's spans.
+
+    On a device `test` is true only when the host has seen the operation's end; `wait` returns as soon as the host has
+    done its part, with the compute stream put behind the operation.
+
+    Attributes:
+        began: mark on the device's time line.
+        ended: the same; None until the end has been enqueued.
+        waits_on_device: `wait` never blocks the host, because the operation needs nothing of it.
+    """
+
+    began: Any = None
+    ended: Any = None
+    waits_on_device = False
+
+    def test(self) -> bool:
+        """As in `Request`."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """As in `Request`."""
+        raise NotImplementedError
 
 
 class _Done:
@@ -128,11 +156,35 @@ class Channel(Protocol):
         """Return when every rank of the group has called."""
 
 
+class DeviceChannel(Channel, Protocol):
+    """A group's channel for arrays in device memory, beside the one for host memory.
+
+    Attributes:
+        scratch: free blocks of device memory for composed algorithms.
+    """
+
+    scratch: list[Array]
+
+    def collective(self, operation: str, arguments: tuple[Any, ...], begin: Begin) -> Request:
+        """Carry out a validated collective on device arrays; `begin` starts it on a channel and its arguments."""
+
+
+Begin: TypeAlias = Callable[[Channel, tuple[Any, ...]], Request]
+"""Starts a collective, native or composed, on a channel."""
+
+
 class Transport(Protocol):
-    """A way to reach the other ranks of the job."""
+    """A way to reach the other ranks of the job.
+
+    Attributes:
+        takes_device_pointers: channels take arrays in device memory (CUDA-aware MPI).
+        library: its name and version, for messages.
+    """
 
     rank: int
     size: int
+    takes_device_pointers: bool
+    library: str
 
     def channel(self, ranks: tuple[int, ...], axis: str) -> Channel:
         """Connect a group that contains this rank; every member calls, nobody else needs to."""

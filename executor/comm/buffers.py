@@ -9,6 +9,9 @@ import numpy as np
 
 from executor.comm.base import DTYPES, Array, CommunicationError
 
+NARROW = ("float16", "bfloat16")
+"""Types that NCCL sums and MPI does not know."""
+
 
 class Place(NamedTuple):
     """The call being validated, for error messages."""
@@ -27,17 +30,22 @@ def flat(buffer: Array, place: Place, *, written: bool = False) -> Array:
     """Return a buffer as a flat view.
 
     Raises:
-        CommunicationError: not a C-contiguous array of one of `DTYPES`, or read-only and `written`.
+        CommunicationError: not a C-contiguous array of one of `DTYPES` (in device memory also of 16-bit floating point,
+            which NCCL sums), or read-only and `written`.
     """
-    if not isinstance(buffer, np.ndarray) or buffer.dtype not in DTYPES:
+    if not (isinstance(buffer, np.ndarray) and buffer.dtype in DTYPES) and not _is_known_on_device(buffer):
         kind = getattr(buffer, "dtype", type(buffer).__name__)
         names = ", ".join(sorted(dtype.name for dtype in DTYPES))
         raise place.error(f"buffer of {kind}, not an array of {names}")
     if not buffer.flags.c_contiguous:
         raise place.error(f"buffer of shape {buffer.shape} and strides {buffer.strides} is not C-contiguous")
-    if written and not buffer.flags.writeable:
+    if written and not getattr(buffer.flags, "writeable", True):  # device arrays have no such flag
         raise place.error("the buffer to write is read-only")
     return buffer.reshape(-1)
+
+
+def _is_known_on_device(buffer: Array) -> bool:
+    return is_device_array(buffer) and (buffer.dtype in DTYPES or buffer.dtype.name in NARROW)
 
 
 def full_counts(counts: Sequence[int] | None, total: int, place: Place) -> list[int]:
@@ -89,4 +97,11 @@ def copy_own(source: Array, target: Array, place: Place) -> None:
 
 def address(buffer: Array) -> int:
     """Return where a buffer's memory starts."""
+    if is_device_array(buffer):
+        return int(buffer.__cuda_array_interface__["data"][0])  # type: ignore[attr-defined]
     return int(buffer.__array_interface__["data"][0])
+
+
+def is_device_array(buffer: object) -> bool:
+    """Return whether an array lies in device memory."""
+    return hasattr(buffer, "__cuda_array_interface__")

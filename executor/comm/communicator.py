@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from executor.comm.base import Channel, CommunicationError, Transport
 from executor.comm.group import Group
 from executor.comm.record import Record
+from executor.comm.transports import Carrier, open_transport
+from executor.device import Device
+from executor.device.cuda import CudaDevice
 
 
 class Communicator:
@@ -39,6 +42,7 @@ class Communicator:
         self._record = Record(synchronous_sends, paranoid, paranoid_timeout_seconds)
         self.counters = self._record.counters
         self._transport = transport
+        self._carrier: Carrier | None = None
         self._groups: dict[tuple[str, tuple[int, ...]], Group] = {}
         self.world = self.group(range(self.size), "world")
 
@@ -63,9 +67,34 @@ class Communicator:
             if self.rank not in members:
                 raise CommunicationError(f"rank {self.rank} makes group {axis!r} of ranks {members}, not being in it")
             channel = self._transport.channel(members, axis) if len(members) > 1 else None
-            group = Group(self._record, channel, axis, members, members.index(self.rank))
+            carried = self._carrier(channel, axis) if self._carrier is not None and channel is not None else None
+            group = Group(self._record, channel, axis, members, members.index(self.rank), carried)
             self._groups[axis, members] = group
         return group
+
+    def use_device(self, device: Device, transport: str) -> None:
+        """Let groups made from now on communicate a device's arrays too; collective over the job.
+
+        Args:
+            device: this rank's; for the host nothing changes.
+            transport: the plan's `transport`.
+
+        Raises:
+            MeshwrightError: see `executor.comm.transports.open_transport`; on all ranks.
+        """
+        if isinstance(device, CudaDevice):
+            self._record.device = device
+            self._carrier, self._record.staging = open_transport(transport, device, self)
+
+    @property
+    def takes_device_pointers(self) -> bool:
+        """Whether the library behind this communicator reads and writes device memory."""
+        return self._transport.takes_device_pointers
+
+    @property
+    def library(self) -> str:
+        """Name of the library behind this communicator."""
+        return self._transport.library
 
     def create_groups(self, groups: Iterable[tuple[str, Sequence[int]]]) -> dict[tuple[str, tuple[int, ...]], Group]:
         """Make all groups of the job that contain this rank, in one order on every rank, so that none waits for ever.
@@ -104,6 +133,7 @@ class _Subset:
     def __init__(self, parent: Transport, ranks: tuple[int, ...]) -> None:
         self._parent, self._ranks = parent, ranks
         self.rank, self.size = ranks.index(parent.rank), len(ranks)
+        self.takes_device_pointers, self.library = parent.takes_device_pointers, parent.library
 
     def channel(self, ranks: tuple[int, ...], axis: str) -> Channel:
         """Connect a group; only its members call."""

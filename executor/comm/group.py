@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from executor.comm.algorithms import COMPOSED, Exchange
+from executor.comm.algorithms import COMPOSED, Exchange, host_block
 from executor.comm.base import (
     DONE,
     NUM_INTERNAL_TAGS,
     NUM_USER_TAGS,
     Array,
     Channel,
+    DeviceChannel,
     ReduceOp,
     Request,
     StepRequest,
     in_order,
 )
-from executor.comm.buffers import Place, copy_own, flat, require_apart
+from executor.comm.buffers import Place, copy_own, flat, is_device_array, require_apart
 from executor.comm.calls import (
     CollectiveCall,
     all_gather_call,
@@ -43,7 +45,8 @@ class Elapsed(NamedTuple):
 class Group:
     """Ranks that communicate along one axis.
 
-    Buffers are C-contiguous NumPy arrays of any shape, of one of the types in `DTYPES`; counts are in elements of the
+    Buffers are C-contiguous arrays of any shape, of one of the types in `DTYPES`, in host memory or, all of a call, in
+    that of the device that the communicator was given; counts are in elements of the
     flattened buffer and may be zero. `key` names the tensor in the counters and must be the same on all ranks of a
     collective. Operations starting with `i` return a Request; a group's collectives, blocking or not, must be started
     in the same order on all its ranks. On a group of one rank nothing reaches the transport and nothing is counted.
@@ -55,13 +58,22 @@ class Group:
         size: number of members.
     """
 
-    def __init__(self, record: Record, channel: Channel | None, axis: str, ranks: tuple[int, ...], rank: int) -> None:
+    def __init__(
+        self,
+        record: Record,
+        channel: Channel | None,
+        axis: str,
+        ranks: tuple[int, ...],
+        rank: int,
+        device_channel: DeviceChannel | None = None,
+    ) -> None:
         self.axis = axis
         self.ranks = ranks
         self.rank = rank
         self.size = len(ranks)
         self._record = record
         self._channel = channel
+        self._device_channel = device_channel
         self._sequence = 0
         self._guard = Guard(channel, axis, ranks, record) if record.paranoid and channel is not None else None
 
@@ -219,6 +231,7 @@ class Group:
         """Return when every rank of the group has called."""
         if self.size > 1:
             self._announce("barrier", "", ()).wait()
+            self._record.before_blocking()
             self.channel.barrier()
 
     # Work and wait apart
@@ -232,6 +245,7 @@ class Group:
         """
         start = time.perf_counter()
         if self.size > 1:
+            self._record.before_blocking()
             self.channel.barrier()
         return time.perf_counter() - start
 
@@ -260,7 +274,7 @@ class Group:
         self._record.counters.add(self.axis, "send", key, data.nbytes)
         if synchronous is None:
             synchronous = self._record.synchronous_sends
-        return self.channel.isend(data, peer, tag, synchronous=synchronous)
+        return self._channel_of(data).isend(data, peer, tag, synchronous=synchronous)
 
     def issend(self, buffer: Array, peer: int, tag: int = 0, *, key: str = "") -> Request:
         """Start a synchronous send: its request finishes only after the receiver has arrived."""
@@ -275,7 +289,8 @@ class Group:
             tag: in [0, 2^24).
             key: the tensor's name in the log.
         """
-        return self.channel.irecv(self._message(buffer, peer, tag, "recv", key), peer, tag)
+        data = self._message(buffer, peer, tag, "recv", key)
+        return self._channel_of(data).irecv(data, peer, tag)
 
     def iring_shift(self, send: Array, recv: Array, shift: int = 1, tag: int = 0, *, key: str = "") -> Request:
         """Start sending to the rank `shift` positions on round the ring, and receiving from the one as far behind.
@@ -306,6 +321,7 @@ class Group:
         words = np.zeros(self.size, np.uint64)
         words[self.rank] = word
         if self.size > 1:
+            self._record.before_blocking()
             self.channel.all_gather(None, words, [1] * self.size, blocking=True)
         return [int(each) for each in words]
 
@@ -320,21 +336,40 @@ class Group:
         check = self._announce(operation, call.place.key, (*call.detail, algorithm))
         if blocking:
             check.wait()
-        if algorithm == "native":
-            native: Callable[..., Request] = getattr(self.channel, operation)
-            request = native(*call.arguments, blocking=blocking)
+        how = (operation, algorithm, self._sequence % NUM_INTERNAL_TAGS, blocking)
+        if self._device_channel is not None and any(map(is_device_array, call.arguments[:2])):
+            request = self._device_channel.collective(operation, call.arguments, partial(self._begin, *how))
         else:
-            exchange = Exchange(
-                self.channel,
-                self._sequence % NUM_INTERNAL_TAGS,
-                synchronous=self._record.synchronous_sends,
-                blocking=blocking,
-                pool=self._record.scratch,
-            )
-            request = StepRequest(exchange.finish(COMPOSED[operation][algorithm](exchange, *call.arguments)))
+            if blocking:
+                self._record.before_blocking()
+            request = self._begin(*how, self.channel, call.arguments)
         if blocking:
             request.wait()
         return request if check is DONE else StepRequest(in_order(check, request))
+
+    def _begin(
+        self, operation: str, algorithm: str, tag: int, blocking: bool, channel: Channel, arguments: tuple[Any, ...]
+    ) -> Request:
+        """Start a collective on a channel: the library's own, or a composed one."""
+        if algorithm == "native":
+            native: Callable[..., Request] = getattr(channel, operation)
+            return native(*arguments, blocking=blocking)
+        synchronous, on_device = self._record.synchronous_sends, channel is self._device_channel
+        exchange = Exchange(
+            channel,
+            tag,
+            synchronous=synchronous,
+            blocking=blocking,
+            pool=self._device_channel.scratch if self._device_channel and on_device else self._record.scratch,
+            allocate=self._record.device.allocate if self._record.device and on_device else host_block,
+        )
+        return StepRequest(exchange.finish(COMPOSED[operation][algorithm](exchange, *arguments)))
+
+    def _channel_of(self, data: Array) -> Channel:
+        """The channel for a message: host arrays may be sent beside those of a device."""
+        if self._device_channel is not None and is_device_array(data):
+            return self._device_channel
+        return self.channel
 
     def _announce(self, operation: str, key: str, detail: tuple[object, ...]) -> Request:
         """Log a collective; return the check that all ranks of the group start the same one."""

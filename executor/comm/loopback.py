@@ -103,6 +103,9 @@ class LoopbackTransport:
         rank: this rank.
     """
 
+    takes_device_pointers = False
+    library = "the in-process transport"
+
     def __init__(self, fabric: Fabric, rank: int) -> None:
         self.rank = rank
         self.size = fabric.size

@@ -6,6 +6,7 @@ rank that failed and `MPI_Abort` for our mistakes; for the user's mistakes one m
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -189,6 +190,8 @@ class MpiTransport:
         on_host = world.Split_type(MPI.COMM_TYPE_SHARED)
         self._crowded = on_host.Get_size() > (os.cpu_count() or 1)
         on_host.Free()
+        self.library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+        self.takes_device_pointers = _query_cuda_support()
         largest_tag = world.Get_attr(MPI.TAG_UB)
         if largest_tag is None or largest_tag < MAX_TAG:
             raise CommunicationError(f"this MPI library allows tags up to {largest_tag}; {MAX_TAG} are needed")
@@ -200,6 +203,22 @@ class MpiTransport:
         # The tag keeps apart groups that are made at the same time by different members.
         tag = zlib.crc32(repr((axis, ranks)).encode()) % 32768
         return MpiChannel(world.Create_group(group, tag), crowded=self._crowded)
+
+
+def _query_cuda_support() -> bool:
+    """Whether the library says that it takes device pointers.
+
+    Open MPI and MPICH answer through the same extension, `int MPIX_Query_cuda_support(void)`, which a library without
+    it does not have. MPI's own Python module depends on the library, or has loaded it for all.
+    """
+    for place in (None, MPI.__file__):
+        try:
+            query = ctypes.CDLL(place).MPIX_Query_cuda_support
+        except (OSError, AttributeError):
+            continue
+        query.restype = ctypes.c_int
+        return bool(query())
+    return False
 
 
 def mpi_communicator(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from executor.comm.staged import StagingQueue
+    from executor.device import Device
 
 NUM_LOGGED_CALLS = 8
 
@@ -95,6 +99,8 @@ class Record:
         log: the last calls, oldest first.
         last_heard: the last calls heard of each other rank in fingerprint records, as text.
         scratch: free blocks of memory for composed algorithms.
+        device: whose arrays may be communicated; None for host arrays only.
+        staging: calls that MPI has not been given yet, where device arrays are staged.
     """
 
     synchronous_sends: bool
@@ -104,6 +110,13 @@ class Record:
     log: deque[Call] = field(default_factory=lambda: deque(maxlen=NUM_LOGGED_CALLS))
     last_heard: dict[int, str] = field(default_factory=dict)
     scratch: list[npt.NDArray[np.uint8]] = field(default_factory=list)
+    device: Device | None = None
+    staging: StagingQueue | None = None
+
+    def before_blocking(self) -> None:
+        """Call before the host blocks in MPI: a peer may wait for a call that is still being staged."""
+        if self.staging is not None:
+            self.staging.flush()
 
     def recent_calls(self) -> list[str]:
         """Return the last few communication calls, oldest first."""
