@@ -5,6 +5,8 @@
 #   make test    format, lint, types, import contracts, tests
 #   make bench   print speed beside sgemm and PyTorch (TORCH_PYTHON names a Python that has it), start-up, replay
 #   make fidelity  predict plans, run them, print how far prediction and measurement part
+#   make gpu     everything that needs a GPU, installing nothing: make gpu PYTHON=python3; make gpu-wheels first, on a
+#                machine that reaches PyPI, for what that Python lacks
 #   make readme  write the real output of its commands into the README
 #   make clean   remove what these made
 
@@ -16,9 +18,12 @@ OUT := build/run
 PROFILE := $${XDG_CACHE_HOME:-$$HOME/.cache}/meshwright/machine.toml
 SMALL := --workers 2 --layers 2 --hidden 256 --heads 4 --seq-len 128 --global-batch-size 8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+GPU_WHEELS := build/gpu
+GPU_PYTHON := 3.12
+GPU_OUT := build/gpu-results
 STEP := @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: run test bench fidelity readme clean
+.PHONY: run test bench fidelity gpu gpu-wheels readme clean
 .DELETE_ON_ERROR:
 
 run: export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -45,6 +50,16 @@ bench: $(VENV)/.test
 
 fidelity: $(VENV)/.test
 	$(BIN)/python tests/fidelity.py
+
+# Runs from a plain checkout with the machine's own Python (CuPy, PyTorch); 2 where there is no GPU.
+gpu:
+	@$(PYTHON) tests/gpu.py --wheels $(GPU_WHEELS) --out $(GPU_OUT)
+
+# What a GPU machine without registries may lack, for its Python; tests/gpu.py unpacks it beside its results.
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest $(GPU_WHEELS) \
+		--python-version $(GPU_PYTHON) --implementation cp --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 msgspec 'mpich>=4.3' 'mpi4py>=4.0'
 
 readme: $(VENV)/.run
 	$(BIN)/python tests/write_readme.py

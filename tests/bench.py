@@ -113,7 +113,7 @@ class OneRank:
         plan = sizes.plan()
         self.flops = model_flops(plan.model) * plan.global_batch_size
         data = Batches("synthetic", plan.model, plan.global_batch_size, plan.training.seed)
-        self.runtime: Runtime = run_loopback(1, lambda comm: Runtime(plan, comm, data, np.dtype("float32")))[0]
+        self.runtime: Runtime = run_loopback(1, lambda comm: Runtime(plan, comm, data))[0]
         self.square = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
         self.product = np.empty_like(self.square)
         self.count = 0
@@ -290,7 +290,7 @@ class Heads:
         self.out, self.dq, self.dk, self.dv = (np.empty(shape, np.float32) for _ in range(4))
         index = np.arange(8)
         places = np.arange(seq)
-        self.masking = (0.125, index, False, None, places, places, 0.0, 1, np.arange(1), index)
+        self.masking = kernels.Masking(0.125, index, False, None, places, places, 0.0, 1, np.arange(1), index)
         self.saved = np.empty((1, 8, seq, seq) if plain else (1, 8, seq), np.float32)
         self.plain = plain
 
@@ -298,13 +298,11 @@ class Heads:
         """Forward and backward."""
         q, k, v, masking = self.q, self.k, self.v, self.masking
         if self.plain:
-            kernels.attention_forward(q, k, v, *masking, self.saved, self.out)
-            kernels.attention_backward(self.dout, q, k, v, *masking, self.saved, self.dq, self.dk, self.dv)
+            kernels.attention_forward(q, k, v, masking, self.saved, self.out)
+            kernels.attention_backward(self.dout, q, k, v, masking, self.saved, self.dq, self.dk, self.dv)
             return
-        kernels.blocked_attention_forward(q, k, v, *masking, self.out, self.saved)
-        kernels.blocked_attention_backward(
-            self.dout, q, k, v, *masking, self.out, self.saved, self.dq, self.dk, self.dv
-        )
+        kernels.blocked_attention_forward(q, k, v, masking, self.out, self.saved)
+        kernels.blocked_attention_backward(self.dout, q, k, v, masking, self.out, self.saved, self.dq, self.dk, self.dv)
 
 
 def attention(pairs: int) -> list[Row]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from executor.calibrate.between import Between
 from executor.calibrate.exchanges import Timed
-from executor.calibrate.fit import evaluate, fit_attention, fit_excess, fit_gemm, fit_regimes
+from executor.calibrate.fit import evaluate, fit_attention, fit_concurrent, fit_excess, fit_gemm, fit_regimes
 from executor.calibrate.in_place import InPlace
 from executor.calibrate.probes import Observation, ProbeResult
 from executor.environment import describe_environment
@@ -31,6 +31,7 @@ from planner.machine import (
     Residuals,
     load_machine,
 )
+from planner.program.rank import ITEM_BYTES
 
 MIN_STEP_LOG_SIGMA = 0.04
 """No prediction claims to know a step better than this: equal runs differ by a few percent on an idle machine."""
@@ -62,6 +63,7 @@ class Survey:
     hosts: int = 1
     between: Between = field(default_factory=Between)
     thread_speedup: tuple[float, ...] = (1.0,)
+    thread_call_seconds: float = 0.0
     oversubscription_slowdown: float = 1.0
     remarks: list[str] = field(default_factory=list)
 
@@ -75,11 +77,12 @@ def machine_of(survey: Survey) -> Machine:
     provenance = f"measured by meshwright {version('meshwright')} on {environment['host']}: {where}"
     if survey.remarks:
         provenance += "; " + "; ".join(survey.remarks)
-    device, gemm_slowdown, kernel_sigma = _device(survey, environment["processor"], provenance)
+    device, kernel_sigma = _device(survey, environment["processor"], provenance)
+    gemm_slowdown, gemm_seconds_per_byte = concurrent_products(survey)
     generic = load_machine(GENERIC_PROFILE)
-    link = _link(survey.exchanges, provenance, in_place=_in_place(survey)) or generic.link_in_host
+    link = link_of(survey.exchanges, provenance, in_place=_in_place(survey)) or generic.link_in_host
     shared = survey.between.host_bytes_per_second
-    between = _link(survey.between.exchanges, provenance, shared=shared) or generic.link_between_hosts
+    between = link_of(survey.between.exchanges, provenance, shared=shared) or generic.link_between_hosts
     several = survey.hosts > 1
     return Machine(
         name=f"{environment['host']}-cpu" + (f"-{survey.hosts}-hosts" if several else ""),
@@ -91,8 +94,10 @@ def machine_of(survey: Survey) -> Machine:
             cores=survey.cores,
             memory_bytes=survey.memory_bytes,
             thread_speedup=survey.thread_speedup,
+            thread_call_seconds=survey.thread_call_seconds,
             oversubscription_slowdown=survey.oversubscription_slowdown,
             concurrent_gemm_slowdown=gemm_slowdown,
+            concurrent_gemm_seconds_per_byte=gemm_seconds_per_byte,
         ),
         device=device,
         link_in_host=link,
@@ -103,7 +108,7 @@ def machine_of(survey: Survey) -> Machine:
             provenance=f"spread of log(measured / fitted); steps: of equal steps of a probe; {provenance}",
             step_log_sigma=max(MIN_STEP_LOG_SIGMA, _step_noise(survey.alone)),
             kernel_log_sigma=kernel_sigma,
-            collective_log_sigma=_link_sigma([*survey.exchanges, *survey.between.exchanges]),
+            collective_log_sigma=link_sigma([*survey.exchanges, *survey.between.exchanges]),
         ),
         framework=Framework(provenance="the receiver copies a message when it asks for it", blocking_messages=True),
         # Where a collective or group was not measured, the formula of MPI libraries' long-message algorithms serves.
@@ -150,15 +155,15 @@ def figure_name(kind: str) -> str:
     return f"{operator}_backward" if way.startswith("backward") else operator
 
 
-def _device(survey: Survey, processor: str, provenance: str) -> tuple[Device, float, float]:
-    """The device; the slowdown of products on busy neighbours; the spread of all kernel fits."""
+def _device(survey: Survey, processor: str, provenance: str) -> tuple[Device, float]:
+    """The device; the spread of all kernel fits."""
     by_name: dict[str, list[Observation]] = defaultdict(list)
     for probe in survey.alone:
         for each in probe.observations:
             by_name[figure_name(each.kind) if not each.kind.startswith("linear") else "linear"].append(each)
     slowdown = concurrent_slowdowns(survey)
     products = by_name.pop("linear")
-    samples = _gemm_samples(products)
+    samples = gemm_samples(products)
     rates = [2 * each.m * each.n * each.k / each.seconds for each in samples]
     peaks = dict(survey.peak_flops_per_second)
     peaks["float32"] = max(peaks["float32"], *rates)
@@ -188,10 +193,10 @@ def _device(survey: Survey, processor: str, provenance: str) -> tuple[Device, fl
         kernels=kernels,
         call_seconds=gemm.call_seconds,
     )
-    return device, slowdown.get("linear", 1.0), float(np.sqrt(np.mean(np.square(sigmas))))
+    return device, float(np.sqrt(np.mean(np.square(sigmas))))
 
 
-def _gemm_samples(products: Sequence[Observation]) -> tuple[GemmSample, ...]:
+def gemm_samples(products: Sequence[Observation]) -> tuple[GemmSample, ...]:
     """One sample per product and shape."""
     found: dict[tuple[str, int, int, int], list[float]] = defaultdict(list)
     for each in products:
@@ -219,27 +224,41 @@ def _operator_figures(
 
 
 def concurrent_slowdowns(survey: Survey) -> dict[str, float]:
-    """Seconds beside other ranks over seconds alone, by figure; never below 1.
-
-    Measured with fewer or more ranks than cores it is scaled to as many ranks as cores.
-    """
-    alone = {(each.kind, each.work): each.seconds for probe in survey.alone for each in probe.observations}
+    """Seconds beside other ranks over seconds alone, by figure, matrix products apart; never below 1."""
     ratios: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for probe in survey.together:
-        for each in probe.observations:
-            before = alone.get((each.kind, each.work))
-            if before:
-                name = "linear" if each.kind.startswith("linear") else figure_name(each.kind)
-                ratios[name].append((each.seconds, before))
-    share = min(1.0, (survey.ranks - 1) / max(1, survey.cores - 1))
+    for each, alone, together in _beside_others(survey):
+        if not each.kind.startswith("linear"):
+            ratios[figure_name(each.kind)].append((together, alone))
     found = {name: sum(a for a, _ in pairs) / sum(b for _, b in pairs) for name, pairs in ratios.items()}
-    return {name: max(1.0, 1.0 + (ratio - 1.0) / share) for name, ratio in found.items() if share > 0}
+    return {name: max(1.0, ratio) for name, ratio in found.items()}
+
+
+def concurrent_products(survey: Survey) -> tuple[float, float]:
+    """Slowdown of matrix products beside other ranks, and seconds per byte of operands that come on top."""
+    found = [(each.work, *times) for each, *times in _beside_others(survey) if each.kind.startswith("linear")]
+    if not found:
+        return 1.0, 0.0
+    works, alone, together = zip(*found, strict=True)
+    moved = [ITEM_BYTES["float32"] * int(w.m * w.k + w.k * w.n + w.m * w.n) * int(w.batch) for w in works]
+    return fit_concurrent(alone, together, moved)
+
+
+def _beside_others(survey: Survey) -> list[tuple[Observation, float, float]]:
+    """What was timed both ways: seconds alone and, scaled to as many ranks as cores, beside other ranks."""
+    alone = {(each.kind, each.work): each.seconds for probe in survey.alone for each in probe.observations}
+    share = min(1.0, (survey.ranks - 1) / max(1, survey.cores - 1))
+    return [
+        (each, before, before + (each.seconds - before) / share)
+        for probe in survey.together
+        for each in probe.observations
+        if share > 0 and (before := alone.get((each.kind, each.work)))
+    ]
 
 
 # ---- communication ---------------------------------------------------------------------------------------------------
 
 
-def _link(
+def link_of(
     exchanges: Sequence[Timed],
     provenance: str,
     *,
@@ -269,7 +288,7 @@ def _link(
     )
 
 
-def _link_sigma(exchanges: Sequence[Timed]) -> float:
+def link_sigma(exchanges: Sequence[Timed]) -> float:
     """The spread of the collectives' fits."""
     if not exchanges:
         return DEFAULT_COLLECTIVE_LOG_SIGMA

@@ -166,6 +166,47 @@ def fit_gemm(shapes: Sequence[tuple[int, int, int]], seconds: Sequence[float], p
     return GemmFit(fitted, call, float(np.std(np.log(curve(solved.x) / y))))
 
 
+def fit_concurrent(
+    alone_seconds: Sequence[float], together_seconds: Sequence[float], moved_bytes: Sequence[float]
+) -> tuple[float, float]:
+    """Fit seconds beside busy neighbours = seconds alone x slowdown + bytes x what sharing the memory bus adds.
+
+    Returns:
+        The slowdown, at least 1, and seconds per byte, at least 0; errors are relative to the time alone.
+    """
+    alone, together, moved = (np.asarray(each, float) for each in (alone_seconds, together_seconds, moved_bytes))
+    columns = np.stack([np.ones(len(alone)), moved / moved.max() * alone.max() / alone], axis=1)
+    target, weights = together / alone - 1, np.ones(len(alone))
+    for _ in range(ROBUST_PASSES):
+        solution, _ = nnls(columns * weights[:, None], target * weights)
+        weights = 1 / np.sqrt(1 + np.square((columns @ solution - target) / OUTLIER))
+    return 1.0 + float(solution[0]), float(solution[1] * alone.max() / moved.max())
+
+
+def fit_threads(
+    cores: int, counts: Sequence[int], seconds: Sequence[Sequence[float]]
+) -> tuple[tuple[float, ...], float]:
+    """Fit seconds on several threads = seconds on one / speedup + start, one speedup per count and one start.
+
+    Args:
+        cores: how many speedups to return.
+        counts: numbers of threads, the first of them 1.
+        seconds: of the same products on each.
+    """
+    alone, speedups, starts = np.asarray(seconds[0]), [1.0], [0.0]
+    for count, several in zip(counts[1:], seconds[1:], strict=True):
+        columns = np.stack([alone, np.ones(len(alone))], axis=1)
+        share, start = _relative_nnls(columns, np.asarray(several))
+        speedups.append(float(np.clip(1 / max(share, 1e-9), 1.0, count)))
+        starts.append(start)
+    # More threads slow a product down only where another process holds one of their cores.
+    table = np.interp(range(1, cores + 1), counts, np.maximum.accumulate(speedups))
+    return tuple(float(value) for value in table), float(np.mean(starts[1:] or [0.0]))
+
+
+BELOW_LIMIT = 0.8
+"""Share of the limit up to which scratch memory is taken to be in proportion to the pairs."""
+
 ATTENTION_TERMS = 4
 """Terms of `AttentionFigures` that are fitted: fewer observations are left to pairs and multiply-adds."""
 
@@ -177,22 +218,42 @@ class AttentionFit(NamedTuple):
     log_sigma: float
 
 
-def fit_attention(works: Sequence[Any], seconds: Sequence[float]) -> AttentionFit:
+def fit_attention(
+    works: Sequence[Any], seconds: Sequence[float], *, call_seconds: float = CALL_SECONDS
+) -> AttentionFit:
     """Fit the terms of `AttentionFigures` to tasks of one kind.
 
     Args:
         works: `planner.program.tasks.Work` of each task.
         seconds: its time.
+        call_seconds: of one call, known beforehand.
     """
     y = np.asarray(seconds, float)
     # Fitted with the rest, the call would absorb what a few probes do not separate.
-    y = np.maximum(y - CALL_SECONDS, 0.1 * y)
+    y = np.maximum(y - call_seconds, 0.1 * y)
     columns = np.array([attention_terms(w.m, w.n, w.k, w.batch, w.elements) for w in works], float)
     columns[:, 0] = 0.0
     if len(np.unique(columns[:, 3] / np.maximum(columns[:, 2], 1))) < 2 or len(works) < ATTENTION_TERMS:
         columns[:, [1, 4]] = 0.0  # one width of head does not tell calls and copies from arithmetic
-    names = ("call_seconds", "product_seconds", "pair_seconds", "multiply_add_seconds", "element_seconds")
     values = _relative_nnls(columns, y)
     fitted = columns @ np.asarray(values)
-    figures = AttentionFigures(**dict(zip(names, [CALL_SECONDS, *values[1:]], strict=True)))
+    figures = AttentionFigures(
+        call_seconds=call_seconds,
+        product_seconds=values[1],
+        pair_seconds=values[2],
+        multiply_add_seconds=values[3],
+        element_seconds=values[4],
+    )
     return AttentionFit(figures, float(np.sqrt(np.mean(np.log(y / fitted) ** 2))))
+
+
+def fit_scratch(pairs: Sequence[float], scratch_bytes: Sequence[float]) -> tuple[float, float]:
+    """Bytes per query-key pair, and the limit, of what attention takes beside its tensors: min(rate · pairs, limit).
+
+    The largest observation stands for the limit; the rate is that of the observations clearly below it, or the largest
+    where there are none.
+    """
+    counts, taken = np.asarray(pairs, float), np.asarray(scratch_bytes, float)
+    limit, rates = float(taken.max()), taken / counts
+    below = taken < BELOW_LIMIT * limit
+    return float(np.median(rates[below]) if below.any() else rates.max()), limit

@@ -43,6 +43,8 @@ class _Alone:
 
     rank = 0
     size = 1
+    takes_device_pointers = False
+    library = "nothing"
 
     def channel(self, ranks: tuple[int, ...], axis: str) -> NoReturn:
         raise AssertionError(f"a job of one rank has no group {axis} of ranks {ranks}")
@@ -161,7 +163,7 @@ def run_probe(probe: Probe, deadline: float, threads: int = 1) -> ProbeResult:
     """Train a probe until its median step is stable, or until `deadline` (perf_counter) after a few steps."""
     plan = probe.plan(threads)
     batches = Batches("synthetic", plan.model, plan.global_batch_size, plan.training.seed)
-    runtime = _Timed(plan, Communicator(_Alone()), batches, np.dtype(plan.training.precision))
+    runtime = _Timed(plan, Communicator(_Alone()), batches)
     tasks = [(part, task) for part in runtime.program.steps for task in part.tasks]
     samples: dict[tuple[str, Work], list[tuple[float, float]]] = defaultdict(list)
     results: list[StepResult] = []

@@ -27,7 +27,7 @@ WIDTH = 120
 """Columns of tables that do not go to a terminal."""
 
 GARBAGE_THRESHOLD = 100_000
-"""New objects between two searches for cycles: a command builds millions that stay, and searching them takes a tenth."""
+"""New objects between two searches for cycles: a command builds millions that stay; searching them takes a tenth."""
 
 USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 1, 130
 

@@ -23,6 +23,7 @@ from planner.launch import (
     parse_hosts,
 )
 from planner.machine import load_machine, user_profile_path
+from planner.options import one_of
 from planner.plan import Plan, dump_plan, load_plan
 from planner.predict import predict
 from planner.report.comparison import comparison_document, comparison_view
@@ -30,6 +31,13 @@ from planner.report.lists import machine_document, machine_view
 from planner.report.units import seconds_text
 from planner.resolve import machine_choice, usable_cores
 from planner.trace import Measurement, Prediction, load_measurement, load_prediction
+
+DEVICES = ("cpu", "cuda")
+CUDA_PROFILE = "machine-cuda.toml"
+"""Name of the profile of this machine's GPUs, beside that of its cores."""
+
+RANKS_ON_GPUS = 4
+"""Enough for groups of two sizes, whether they share a GPU or have one each."""
 
 
 def run_plan(options: RunOptions) -> Answer:
@@ -134,23 +142,28 @@ class Runner:
 
 
 def profile_machine(options: ProfileOptions) -> Answer:
-    """Measure this machine and write its profile where predictions look for it."""
-    hosts = parse_hosts(options.hosts)
+    """Measure this machine and write its profile where predictions look for it; of its GPUs one beside it."""
+    one_of("device", options.device, DEVICES, DataError)
+    hosts, on_gpus = parse_hosts(options.hosts), options.device == "cuda"
     count = max(1, len(hosts))
-    ranks = max(2, usable_cores() * count) if options.workers is None else options.workers
+    usual = RANKS_ON_GPUS if on_gpus else max(2, usable_cores() * count)
+    ranks = usual if options.workers is None else options.workers
     if ranks < count or ranks % count:
         raise PlanError(
             f"--workers {ranks} is too few; use at least 1" if count == 1 else
             f"--workers {ranks} does not put as many ranks on each of {count} hosts; use a multiple of {count}"
         )  # fmt: skip
-    out = user_profile_path() if options.out is None else Path(options.out)
+    home = user_profile_path()
+    out = (home.with_name(CUDA_PROFILE) if on_gpus else home) if options.out is None else Path(options.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make {out.parent}: {error.strerror}; choose a writable file with -o") from None
     program = [*find_executor(), "profile", "-o", str(out), *(["--quick"] if options.quick else [])]
-    what = f"{count} hosts" if hosts else "this machine"
-    say(f"measuring {what} with {ranks} ranks: {'at most 15 s' if options.quick else 'up to a minute'}")
+    program += ["--device", "cuda"] if on_gpus else []
+    what = f"{count} hosts" if hosts else "this machine's GPUs" if on_gpus else "this machine"
+    quick, whole = ("at most 30 s", "up to 90 s") if on_gpus else ("at most 15 s", "up to a minute")
+    say(f"measuring {what} with {ranks} ranks: {quick if options.quick else whole}")
     status = _launch(program, ranks, 1, out, hosts)
     if status:
         return Answer(lambda: {"status": status}, str, status)

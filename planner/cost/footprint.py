@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from planner.cost.measured import TimedFigures
 from planner.cost.sizes import Size
 from planner.machine import Machine
 from planner.plan import Plan
@@ -56,4 +57,17 @@ def device_bytes(machine: Machine, plan: Plan, parts: Mapping[str, int]) -> floa
     state, activation = split_parts(parts)
     if machine.device.kind == "cpu":
         return float(state + activation)
-    return float(footprint_bytes(machine, state, activation, process_groups(plan), "nvidia-smi"))
+    held = float(footprint_bytes(machine, state, activation, process_groups(plan), "nvidia-smi"))
+    return held + attention_scratch_bytes(machine, plan)
+
+
+def attention_scratch_bytes(machine: Machine, plan: Plan) -> float:
+    """Return the scratch memory of attention kernels, where it was measured: an allocator keeps the most of a step."""
+    kind = "attention_blocked" if plan.attention == "blocked" or plan.cp_kind == "ring" else "attention_plain"
+    timed = TimedFigures.of(machine.device, plan.training.precision)
+    figures = [timed.attention[name] for name in (kind, f"{kind}_backward") if name in timed.attention]
+    model, mesh = plan.model, plan.mesh
+    heads, queries = max(plan.parts.heads), max(plan.parts.seq)
+    keys = queries if mesh.cp > 1 and plan.cp_kind == "ring" else model.seq_len
+    pairs = float(plan.micro_batch_size * heads * queries * keys)
+    return max((min(each.scratch_limit_bytes, each.scratch_bytes_per_pair * pairs) for each in figures), default=0.0)

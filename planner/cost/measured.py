@@ -67,7 +67,7 @@ def measured_name(kind: str) -> str:
     return STEP_OF.get(operator, operator) + ("_backward" if way.startswith("backward") else "")
 
 
-class _Timed(NamedTuple):
+class TimedFigures(NamedTuple):
     """What was timed that serves a precision, and the precision that it is of."""
 
     kernels: Mapping[str, KernelFigures]
@@ -77,7 +77,7 @@ class _Timed(NamedTuple):
     samples_precision: str
 
     @classmethod
-    def of(cls, device: Device, precision: str) -> _Timed:
+    def of(cls, device: Device, precision: str) -> TimedFigures:
         """Of a device in a precision, float32's where it has none of its own."""
         own = next((figures for name, figures in device.precisions.items() if name == precision), None)
         if own is None:
@@ -95,7 +95,7 @@ def _operator_seconds(
     machine: Machine, kind: str, work: Work, precision: str, threads: Size, ranks_per_host: Size
 ) -> Seconds | None:
     """The task itself, by whichever figures its kind has."""
-    timed = _Timed.of(machine.device, precision)
+    timed = TimedFigures.of(machine.device, precision)
     operator, _, way = kind.partition(".")
     if operator == "linear":
         return _linear_seconds(machine, way, work, precision, threads, ranks_per_host) if timed.samples else None
@@ -151,7 +151,7 @@ def _linear_seconds(
 
 def gemm_error(machine: Machine, form: str, m: Size, n: Size, k: Size, precision: str = "float32") -> Seconds:
     """Return measured over formula for a product, by kernel smoothing in log size (Nadaraya 1964, Watson 1964)."""
-    timed = _Timed.of(machine.device, precision)
+    timed = TimedFigures.of(machine.device, precision)
     samples = timed.samples
     sizes, forms = _sample_columns(samples)
     log_sizes = np.log(sizes)

@@ -22,7 +22,7 @@ from planner.cost.compute import (
     oversubscription_factor,
 )
 from planner.cost.framework import done_fraction, exposed_fraction
-from planner.cost.measured import measured_name, measured_seconds
+from planner.cost.measured import TimedFigures, measured_name, measured_seconds
 from planner.cost.sizes import Flag, Seconds, Size
 from planner.machine import Collective, Machine, MeasuredCollective, Transport
 from planner.mesh import Coordinate
@@ -134,19 +134,18 @@ def _fused_attention_seconds(machine: Machine, work: Work, precision: str, *, ba
     return fused_attention_seconds(machine, heads, 1, work.m, work.n, work.k, precision, backward=backward)
 
 
-def launches(machine: Machine, task: Task) -> int:
+def launches(machine: Machine, task: Task, precision: str = "float32") -> int:
     """Number of kernels that the host dispatches for an operator's task; calls of its kind as in the profile."""
-    if not done_fraction(machine, task):
-        return 0
     kind, _, way = task.kind.partition(".")
-    kernels = machine.device.kernels
+    timed = TimedFigures.of(machine.device, precision)
+    kernels = timed.kernels
     if kind == "linear":
         return kernels["linear"].calls if "linear" in kernels else 1
     products = 0
     if kind.startswith("attention"):
-        timed = machine.device.attention.get(measured_name(task.kind))
-        if timed is not None:
-            return timed.calls
+        figures = timed.attention.get(measured_name(task.kind))
+        if figures is not None:
+            return figures.calls
         if kind != "attention_plain" and machine.device.kind == "gpu":
             return 1
         kind, products = "softmax", 4 if way == "backward" else 2
@@ -280,7 +279,7 @@ class Pricer:
         inside = [(task, s) for task, s in zip(tasks, seconds, strict=True) if task.kind != "gradient_start"]
         fetched = sum(s for task, s in inside if task.kind in OVERLAPPABLE)
         own = sum(s for _, s in inside) - fetched
-        kernels = sum(launches(self.machine, task) for task, _ in inside if not communicates(task))
+        kernels = sum(launches(self.machine, task, self.precision) for task, _ in inside if not communicates(task))
         collectives = sum(1 for task, s in inside if s and communicates(task))
         total = float(stretch_seconds(self.machine, own, fetched, kernels, collectives, op))
         exposed = float(exposed_seconds(self.machine, fetched, own))

@@ -27,8 +27,10 @@ class GemmSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class AttentionFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Cost of one implementation of attention in one direction, in one precision.
 
-    `calls` counts, as for `KernelFigures`, what the host dispatches. The time is a sum over products (one [Sq, d] x [d, Sk] each, per sequence and head), query-key pairs (softmax,
-    mask and dropout; each sequence and head once), multiply-adds of the products, and elements of queries and keys.
+    `calls` counts, as for `KernelFigures`, what the host dispatches. The time is a sum over products (one [Sq, d] x
+    [d, Sk] each, per sequence and head), query-key pairs (softmax, mask and dropout; each sequence and head once),
+    multiply-adds of the products, and elements of queries and keys. A GPU's kernel may take scratch memory beside the
+    tensors that the plan names, in proportion to the pairs up to a limit at which it works through them tile by tile.
     """
 
     call_seconds: _NonNegative = 0.0
@@ -38,6 +40,8 @@ class AttentionFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     element_seconds: _NonNegative = 0.0
     concurrent_slowdown: Annotated[float, msgspec.Meta(ge=1)] = 1.0  # with as many ranks at work as there are cores
     calls: _Count = 1
+    scratch_bytes_per_pair: _NonNegative = 0.0
+    scratch_limit_bytes: _NonNegative = 0.0
 
 
 def attention_terms(m: Any, n: Any, k: Any, batch: Any, elements: Any) -> tuple[Any, ...]:

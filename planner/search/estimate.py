@@ -213,7 +213,8 @@ class StructureCosts:
         """Seconds of one block's part of an instruction; what is spent per micro-batch is added per stage."""
         del op
         own = sum((self._seconds(task) * self._times(task) for task in tasks), np.zeros(np.shape(self.sizes.batch)))
-        kernels = sum(launches(self.machine, task) for task in tasks if not communicates(task))
+        precision = self.structure.training.precision
+        kernels = sum(launches(self.machine, task, precision) for task in tasks if not communicates(task))
         collectives = sum(1 for task in tasks if task.kind in COLLECTIVES)
         return stretch_seconds(self.machine, own, 0.0, kernels, collectives, "W")
 
