@@ -43,7 +43,8 @@ test: $(VENV)/.test $(OPENMPI)/.test
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not mpi' --numprocesses auto
+	$(BIN)/pytest -m mpi  # ranks take every core, some tests time them
 
 bench: $(VENV)/.test
 	@for bench in $(wildcard tests/bench*.py); do echo "$$bench"; $(BIN)/python $$bench || exit 1; done

@@ -215,9 +215,10 @@ def _oversubscription(probe: Probe, alone: ProbeResult) -> float:
 def _crowding(survey: Survey) -> float:
     """Slowdown of more ranks than cores beyond the cores' being shared, as the ranks themselves saw it."""
     load = survey.ranks / survey.cores
+    alone = [found for position, found in enumerate(survey.alone) if position in TOGETHER]
     ratios = [
-        median(crowded.step_seconds) / median(alone.step_seconds) / load
-        for crowded, alone in zip(survey.together, (survey.alone[i] for i in TOGETHER), strict=False)
+        median(crowded.step_seconds) / median(one.step_seconds) / load
+        for crowded, one in zip(survey.together, alone, strict=False)
     ]
     return max(1.0, median(ratios))
 
@@ -228,7 +229,7 @@ def _probe_together(comm: Communicator, quick: bool, tell: Report) -> list[Probe
         return []
     found = []
     probes = QUICK_PROBES if quick else PROBES
-    for probe in (probes[position] for position in TOGETHER):
+    for probe in (probe for position, probe in enumerate(probes) if position in TOGETHER):
         tell(f"the same on all {comm.size} ranks at once", 0.6)
         comm.world.barrier()
         found.append(run_probe(probe, perf_counter() + TOGETHER_SECONDS))

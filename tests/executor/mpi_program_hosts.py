@@ -14,6 +14,6 @@ if __name__ == "__main__":
     survey.QUICK_PROBES = PROBES
     survey.QUICK = survey._Budget(alone=0.5, exchanges=0.5, in_place=0.0)
     survey.THREADS_SECONDS = 0.1
-    survey.TOGETHER = 1
+    survey.TOGETHER = (0,)
     survey._time_in_place = lambda *_: []
     main()

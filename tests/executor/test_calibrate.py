@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+from dataclasses import replace
 from time import perf_counter
 
 import msgspec
@@ -200,18 +201,14 @@ def test_a_machine_made_of_one_probe_prices_each_of_its_tasks_by_figures_of_its_
 
 
 def test_slowdown_beside_others_is_scaled_to_as_many_ranks_as_cores(tiny: ProbeResult) -> None:
-    slower = ProbeResult(
-        [
-            Observation(o.kind, o.work, tuple((1.5 * a, 1.5 * b) for a, b in o.samples), o.count)
-            for o in tiny.observations
-        ],
-        0.0,
-        0.0,
-        0.0,
-        tiny.step_seconds,
-        tiny.processor_seconds,
-    )
-    survey = survey_of(tiny, together=(slower,))
+    def with_seconds(factor: float) -> ProbeResult:
+        """The probe without the noise of its runs, every task taking `factor` times as long."""
+        found = [
+            Observation(o.kind, o.work, ((factor * o.seconds, factor * o.seconds),), o.count) for o in tiny.observations
+        ]
+        return replace(tiny, observations=found)
+
+    survey = survey_of(with_seconds(1.0), together=(with_seconds(1.5),))
     assert concurrent_slowdowns(survey)["norm"] == pytest.approx(1.5, rel=0.1)
     assert concurrent_products(survey) == pytest.approx((1.5, 0.0), rel=0.1)
     survey.cores = 3  # two ranks on three cores: one neighbour of two

@@ -63,10 +63,7 @@ def main():
     comm = mpi_communicator()
     even, balanced, predicted_gain = plans(sys.argv[1])
     kind = SlowRuntime if comm.rank == 1 else Runtime
-    runtimes = [
-        kind(plan, comm, Batches("synthetic", MODEL, 16, TRAINING.seed), np.dtype("float32"))
-        for plan in (even, balanced)
-    ]
+    runtimes = [kind(plan, comm, Batches("synthetic", MODEL, 16, TRAINING.seed)) for plan in (even, balanced)]
     seconds = np.zeros((comm.size, 2, STEPS))
     for number in range(WARMUP + STEPS):
         for place, runtime in enumerate(runtimes):

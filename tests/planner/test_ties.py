@@ -126,6 +126,7 @@ def test_too_little_memory_is_a_reason_not_an_error():
 def test_suggest_marks_ties_warns_outside_the_range_and_explains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
     (tmp_path / "fitted.toml").write_text(
         'extends = "cpu-generic"\nname = "fitted"\n[residuals.ranges]\nhidden = [512.0, 1024.0]\n', encoding="utf-8"
     )
