@@ -26,6 +26,7 @@ def test_later_steps_of_one_rank_allocate_nothing_large(choices: dict[str, Any])
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("launch", ["installed"], indirect=True)
 def test_later_steps_of_two_ranks_allocate_nothing_large(launch: Any) -> None:
     """The in-process communicator copies messages, so this one is over MPI."""
     done = launch(2, "mpi_program_allocations.py", timeout_seconds=100)

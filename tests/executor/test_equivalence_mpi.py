@@ -13,7 +13,11 @@ def test_there_are_forty():
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("ranks", sorted(PLANS))
+@pytest.mark.parametrize(
+    ("launch", "ranks"),
+    [("installed", ranks) for ranks in sorted(PLANS)] + [("openmpi", 2), ("openmpi", 4)],
+    indirect=["launch"],
+)
 def test_fixed_plans_equal_one_rank(launch, ranks):
     done = launch(ranks, "mpi_program_equivalence.py", timeout_seconds=100)
     assert done.returncode == 0, done.stderr
