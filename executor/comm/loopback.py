@@ -145,14 +145,13 @@ def run_loopback(
 
     def run_rank(rank: int) -> None:
         try:
-            results[rank] = main(
-                Communicator(
-                    LoopbackTransport(fabric, rank),
-                    synchronous_sends=synchronous_sends,
-                    paranoid=paranoid,
-                    paranoid_timeout_seconds=paranoid_timeout_seconds,
-                )
+            comm = Communicator(
+                LoopbackTransport(fabric, rank),
+                synchronous_sends=synchronous_sends,
+                paranoid=paranoid,
+                paranoid_timeout_seconds=paranoid_timeout_seconds,
             )
+            results[rank] = main(comm)
         except RankAbortedError:
             pass
         except BaseException as error:  # a rank's every end must reach the others
