@@ -35,18 +35,18 @@ def learning_rate(training: Training, step: int) -> float:
 
 def update(unit: UnitState, training: Training, step: int) -> None:
     """Apply one optimizer step to the owned range; weight decay acts on matrices only."""
-    rate, gradient = learning_rate(training, step), unit.reduced()
+    rate, gradient, copy = learning_rate(training, step), unit.reduced(), unit.working_copy()
     for start, stop, decay in runs(unit):
         part = slice(start, stop)
+        working = None if copy is None else copy[part]
         if training.optimizer == "sgd":
-            unit.kernels.sgd(unit.shard[part], gradient[part], rate)
+            unit.kernels.sgd(unit.shard[part], gradient[part], rate, working)
             continue
         first, second = unit.moments
         unit.kernels.adamw(
             unit.shard[part], gradient[part], first[part], second[part], rate, training.beta1, training.beta2,
-            training.epsilon, training.weight_decay if decay else 0.0, step + 1,
+            training.epsilon, training.weight_decay if decay else 0.0, step + 1, working,
         )  # fmt: skip
-    unit.refresh()
 
 
 def unscale(units: Iterable[UnitState], scale: float) -> bool:

@@ -96,10 +96,9 @@ class UnitState:
         if self.whole is not None:
             self.whole[...] = flat
 
-    def refresh(self) -> None:
-        """Round the updated master parameters into the working copy's owned range."""
-        if self.has_master and self.whole is not None:
-            self.whole[slice(*self.range)] = self.shard
+    def working_copy(self) -> Array | None:
+        """The owned range of the rounded copy, which an update writes too; None where the kernels read no copy."""
+        return self.whole[slice(*self.range)] if self.has_master and self.whole is not None else None
 
     def gather_room(self) -> Array:
         """Room for the whole unit while it is gathered (ZeRO 3); the own shard is in its slot already."""

@@ -38,13 +38,12 @@ from executor.cuda.norm import (
     residual_norm_backward,
     residual_norm_forward,
 )
-from executor.cuda.optimizer import adamw, adamw_working, scale, sgd, sgd_working, sum_of_squares
+from executor.cuda.optimizer import adamw, scale, sgd, sum_of_squares
 
 __all__ = [
     "activation_backward",
     "activation_forward",
     "adamw",
-    "adamw_working",
     "add_positions_backward",
     "add_positions_forward",
     "attention_backward",
@@ -73,7 +72,6 @@ __all__ = [
     "residual_norm_forward",
     "scale",
     "sgd",
-    "sgd_working",
     "split_heads_backward",
     "split_heads_forward",
     "sum_of_squares",

@@ -1,7 +1,6 @@
 """Optimizer updates in place on flat arrays of the device, and the norms and scalings that gradient clipping needs.
 
-`sgd` and `adamw` are the functions of the kernel table. `sgd_working` and `adamw_working` also write the copy of the
-parameters in 16 bits that the kernels read, in the same pass.
+An update writes the copy of the parameters in 16 bits that the kernels read in the same pass.
 """
 
 from __future__ import annotations
@@ -20,13 +19,8 @@ def _grid(size: int, dtype: np.dtype[Any]) -> tuple[int]:
     return (max(1, min(MOST_BLOCKS, ceil_div(size, BLOCK_THREADS * vector_size(dtype)))),)
 
 
-def sgd(param: Floats, grad: Floats, lr: float) -> None:
+def sgd(param: Floats, grad: Floats, lr: float, working: Floats | None = None) -> None:
     """See `executor.reference.optimizer.sgd`."""
-    sgd_working(param, grad, lr, None)
-
-
-def sgd_working(param: Floats, grad: Floats, lr: float, working: Floats | None) -> None:
-    """`sgd`, and working = param rounded: [N] in 16 bits, or None."""
     dtype = _storage(param, grad, working)
     if param.size:
         arguments = (param, grad, float(lr), working, param.size)
@@ -51,25 +45,9 @@ def adamw(
     epsilon: float,
     weight_decay: float,
     step: int,
+    working: Floats | None = None,
 ) -> None:
     """See `executor.reference.optimizer.adamw`."""
-    adamw_working(param, grad, m, v, lr, beta1, beta2, epsilon, weight_decay, step, None)
-
-
-def adamw_working(
-    param: Floats,
-    grad: Floats,
-    m: Floats,
-    v: Floats,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    weight_decay: float,
-    step: int,
-    working: Floats | None,
-) -> None:
-    """`adamw`, and working = param rounded: [N] in 16 bits, or None."""
     dtype = _storage(param, grad, working)
     root_scale, rate = 1.0 / math.sqrt(1.0 - beta2**step), lr / (1.0 - beta1**step)
     constants = (1.0 - lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, root_scale, rate, epsilon)

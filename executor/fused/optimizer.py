@@ -17,9 +17,11 @@ def _sgd(param: Any, grad: Any, lr: Any) -> None:
         param[i] -= lr * grad[i]
 
 
-def sgd(param: Floats, grad: Floats, lr: float) -> None:
+def sgd(param: Floats, grad: Floats, lr: float, working: Floats | None = None) -> None:
     """See `executor.reference.optimizer.sgd`."""
     _sgd[param.dtype](param, grad, lr)
+    if working is not None:  # Numba has no bfloat16
+        working[...] = param
 
 
 @kernel("void(T[::1], T[::1], T[::1], T[::1], T, T, T, T, T, T, T)", EXACT)
@@ -47,11 +49,14 @@ def adamw(
     epsilon: float,
     weight_decay: float,
     step: int,
+    working: Floats | None = None,
 ) -> None:
     """See `executor.reference.optimizer.adamw`."""
     root_scale, rate = 1.0 / math.sqrt(1.0 - beta2**step), lr / (1.0 - beta1**step)
     shrink = 1.0 - lr * weight_decay
     _adamw[param.dtype](param, grad, m, v, shrink, 1.0 - beta1, beta2, 1.0 - beta2, root_scale, rate, epsilon)
+    if working is not None:
+        working[...] = param
 
 
 @kernel("float64(T[::1])")

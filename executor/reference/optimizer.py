@@ -9,9 +9,11 @@ import numpy as np
 from executor.reference.arrays import Floats
 
 
-def sgd(param: Floats, grad: Floats, lr: float) -> None:
-    """Compute param -= lr · grad, both [N]."""
+def sgd(param: Floats, grad: Floats, lr: float, working: Floats | None = None) -> None:
+    """Compute param -= lr · grad, both [N]; working, where there is one, is param rounded to its type."""
     param -= param.dtype.type(lr) * grad
+    if working is not None:
+        working[...] = param
 
 
 def adamw(
@@ -25,6 +27,7 @@ def adamw(
     epsilon: float,
     weight_decay: float,
     step: int,
+    working: Floats | None = None,
 ) -> None:
     """One step of Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), in PyTorch's order.
 
@@ -39,6 +42,7 @@ def adamw(
         epsilon: added to the bias-corrected root of v.
         weight_decay: param shrinks by lr · weight_decay.
         step: 1 for the first update.
+        working: param rounded to this array's type [N], where a copy is kept for the kernels to read.
     """
     real = param.dtype.type
     param *= real(1.0 - lr * weight_decay)
@@ -47,6 +51,8 @@ def adamw(
     v += real(1.0 - beta2) * grad * grad
     root = np.sqrt(v) * real(1.0 / math.sqrt(1.0 - beta2**step)) + real(epsilon)
     param -= real(lr / (1.0 - beta1**step)) * m / root
+    if working is not None:
+        working[...] = param
 
 
 def sum_of_squares(grad: Floats) -> float:

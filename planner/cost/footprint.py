@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from planner.cost.sizes import Size
 from planner.machine import Machine
 from planner.plan import Plan
 
-MemoryKind = Literal["allocated", "reserved", "nvidia-smi"]
 STATE_PARTS = ("parameters", "gradients", "optimizer")
 
 
