@@ -75,6 +75,7 @@ class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     rank_classes: list[list[int]]
     operators: dict[str, OperatorTime]
     trace: list[tuple[int, str, str, float, float, str]]
+    breakdown_seconds: dict[str, float] | msgspec.UnsetType = msgspec.UNSET  # in what commands print, computed anew
 
     def spans(self) -> list[Span]:
         """The spans of the representative step."""

@@ -27,8 +27,8 @@ def record_title(record: Record, path: str) -> str:
 
 
 def record_document(record: Record) -> dict[str, Any]:
-    """Return the record with where its time goes, as JSON."""
-    return {**msgspec.to_builtins(record), "breakdown_seconds": breakdown(record)}
+    """Return the record with where its time goes, as JSON that `planner compare` and `show` read like the file."""
+    return dict(msgspec.to_builtins(msgspec.structs.replace(record, breakdown_seconds=breakdown(record))))
 
 
 def record_view(record: Record, path: str) -> RenderableType:

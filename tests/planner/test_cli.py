@@ -225,6 +225,8 @@ def test_predict_prints_what_it_writes(planner: Any) -> None:
     written = json.loads(Path("other.json").read_text(encoding="utf-8"))
     assert {key: printed[key] for key in written} == written
     assert printed["kind"] == "prediction"
+    Path("printed.json").write_text(json.dumps(printed), encoding="utf-8")  # what a shell's > would have written
+    assert json.loads(planner("compare", "printed.json", "other.json", "--json"))
 
 
 # ---- show, compare, schedule -----------------------------------------------------------------------------------------
