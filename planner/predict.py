@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from planner.cost.coarse import coarse_replay
-from planner.cost.compute import slowest_host_factor
+from planner.cost.compute import early_reduction_seconds, slowest_host_factor
 from planner.cost.memory import Peak, peak_memory
 from planner.cost.price import COLLECTIVES, Pricer, plan_over
 from planner.errors import PlanError
@@ -386,8 +386,6 @@ class _Emitter:
         join = self.replayed.join(group) if group else -1
         machine = self.replayed.machine
         if machine.device.kind == "cpu":
-            # The core that computes also moves the bytes: what does not progress meanwhile takes time in the wait.
-            left = seconds * (1 - machine.overheads.overlap_fraction)
-            self.exposed[task.name] = left * machine.overheads.overlap_slowdown
-            seconds -= left
+            self.exposed[task.name] = float(early_reduction_seconds(machine, seconds))
+            seconds = 0.0  # the core that computes also moves the bytes: its share of them takes time in the wait
         self.started[task.name] = self._append(task.key, seconds, before, join, task.kind, "data")

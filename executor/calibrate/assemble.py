@@ -39,9 +39,6 @@ MIN_STEP_LOG_SIGMA = 0.04
 DEFAULT_COLLECTIVE_LOG_SIGMA = 0.15
 """Spread claimed for links that nothing was timed on."""
 
-OVERLAP_SLOWDOWN = 1.1
-"""Of a reduction started early: polled from between kernels, it finds neither its buffers nor its peer ready."""
-
 FALLBACK_KERNEL = "activation_backward"
 """One multiply per element: what kinds that no probe has take by the byte."""
 
@@ -59,6 +56,7 @@ class Survey:
     together: list[ProbeResult] = field(default_factory=list)
     exchanges: list[Timed] = field(default_factory=list)
     in_place: list[InPlace] = field(default_factory=list)
+    early_reduction_cost: float | None = None  # over that of one that is waited for; None with one rank
     barrier_seconds: float = 0.0
     hosts: int = 1
     between: Between = field(default_factory=Between)
@@ -118,15 +116,16 @@ def machine_of(survey: Survey) -> Machine:
 
 def _overheads(survey: Survey, link: Link, provenance: str) -> Overheads:
     """The interpreter's time around tasks, micro-batches and steps."""
+    cost = 1.0 if survey.early_reduction_cost is None else survey.early_reduction_cost
     return Overheads(
-        provenance=f"{provenance}; overlap_slowdown is assumed",
+        provenance=provenance,
         dispatch_seconds=_median(probe.gap_seconds for probe in survey.alone),
         collective_dispatch_seconds=survey.barrier_seconds or survey.between.barrier_seconds,
         micro_batch_seconds=_median(probe.load_seconds for probe in survey.alone),
         step_seconds=max(0.0, _median(probe.around_seconds for probe in survey.alone)),
         exchange_seconds=_exchange_seconds(survey, link),
-        overlap_fraction=0.0,  # MPI moves nothing while this process computes
-        overlap_slowdown=OVERLAP_SLOWDOWN,
+        overlap_fraction=max(0.0, 1 - cost),
+        overlap_slowdown=max(1.0, cost),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from executor.calibrate.exchanges import LOWER_QUARTILE, Timed
@@ -19,7 +20,7 @@ from executor.data import Batches
 from executor.runtime import Runtime
 from planner.mesh import Mesh
 from planner.model import ModelSpec, with_sizes
-from planner.plan import Plan, make_plan
+from planner.plan import Plan, Training, make_plan
 
 OPERATION_OF = {
     "all_reduce": "all_reduce",
@@ -38,13 +39,19 @@ TYPICAL_BYTES = 1 << 18
 """The size at which the algorithms for these plans are chosen."""
 
 WARMUP_STEPS = 2
-LEAST_STEPS, MAX_STEPS = 5, 16
+LEAST_STEPS, MAX_STEPS = 3, 16
 HEAD_DIM = 32
 LARGE = (512, 128)
 """Hidden size and tokens of a sequence whose activations, a MiB and more, come from memory when they are sent."""
 
 ESSENTIAL = 2
 """So many of the sizes are run even when the time is used up."""
+
+EARLY = (384, 64)
+"""Hidden size and tokens of the only sequence of a rank: its gradients take about as long to sum as to compute."""
+
+EARLY_PAIRS = 24
+"""At most so many steps, each with its rival, tell what a reduction costs that starts early."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,11 @@ class InPlace:
     seconds: float
 
 
-def fastest_algorithms(timed: Sequence[Timed]) -> dict[str, str]:
-    """The best algorithm of each collective for messages of `TYPICAL_BYTES`."""
+def fastest_algorithms(timed: Sequence[Timed], nbytes: float = TYPICAL_BYTES) -> dict[str, str]:
+    """The best algorithm of each collective for messages of that size."""
     best: dict[str, tuple[float, str]] = {}
     for each in timed:
-        seconds = float(np.interp(TYPICAL_BYTES, each.sizes_bytes, each.seconds))
+        seconds = float(np.interp(nbytes, each.sizes_bytes, each.seconds))
         if each.operation != "send" and seconds < best.get(each.operation, (np.inf, ""))[0]:
             best[each.operation] = seconds, each.algorithm
     return {operation: algorithm for operation, (_, algorithm) in best.items()}
@@ -140,3 +147,42 @@ def _time_plan(comm: Communicator, plan: Plan, algorithms: Mapping[str, str], de
         for task, own in zip((tasks[i] for i in chosen), typical, strict=True)
         if (operation := OPERATION_OF[task.kind]) == "exchange" or int(task.work.full_bytes)
     ]
+
+
+def early_plan(ranks: int, algorithms: Mapping[str, str]) -> Plan:
+    """A data-parallel plan whose gradients are large and quickly computed, every reduction waited for."""
+    hidden, seq_len = EARLY
+    return make_plan(
+        _model(ranks, hidden, seq_len, layers=2), Mesh(dp=ranks),
+        global_batch_size=ranks, micro_batch_size=1, collectives=dict(algorithms),
+        training=Training(dropout=0.0, optimizer="sgd"),
+    )  # fmt: skip
+
+
+def early_reduction_cost(comm: Communicator, algorithms: Mapping[str, str], seconds: float) -> float:
+    """What a reduction that starts while the backward pass goes on costs a step, over the bytes' time when waited for.
+
+    Both plans run in turn. What the step without any reduction takes is the one's without its reductions and the
+    waiting in them; the rest of the other's is the cost of starting early, waiting included. Below 1 it pays.
+    Collective; every rank gets the result.
+    """
+    plan = early_plan(comm.size, algorithms)
+    batches = Batches("synthetic", plan.model, plan.global_batch_size, plan.training.seed)
+    early = msgspec.structs.replace(plan, overlap_gradients=True)
+    waited, started = Runtime(plan, comm, batches), Runtime(early, comm, batches)
+    tasks = [task for part in waited.program.steps for task in part.tasks]
+    reductions = [position for position, task in enumerate(tasks) if task.kind == "gradient_all_reduce"]
+    deadline, pairs = perf_counter() + seconds, []
+    for number in range(WARMUP_STEPS + EARLY_PAIRS):
+        result = waited.run_step(number)
+        spans = [result.spans[i] for i in reductions]
+        whole = sum(span.end - span.start for span in spans)
+        pair = [started.run_step(number).seconds - result.seconds + whole, whole - sum(span.wait for span in spans)]
+        if number >= WARMUP_STEPS:
+            pairs.append(pair)
+        if len(pairs) >= LEAST_STEPS and _any_late(comm, deadline):
+            break
+    found = np.array(pairs)
+    comm.world.all_reduce(found, key="profile")
+    cost, moved = np.median(found, axis=0)
+    return max(0.0, float(cost / moved))

@@ -7,7 +7,7 @@ communicate. All of it takes at most a minute, a quarter of that with `quick`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter, sleep
 
@@ -17,7 +17,7 @@ from executor.calibrate.assemble import Survey, machine_of
 from executor.calibrate.between import equal_hosts, time_between
 from executor.calibrate.exchanges import Timed, barrier_seconds, group_sizes, time_exchanges
 from executor.calibrate.host import memory_bytes, rival, thread_speedup, usable_cores
-from executor.calibrate.in_place import InPlace, fastest_algorithms, time_in_place
+from executor.calibrate.in_place import InPlace, early_reduction_cost, fastest_algorithms, time_in_place
 from executor.calibrate.probes import Probe, ProbeResult, run_probe
 from executor.comm import ALGORITHMS, Communicator
 from executor.measure import gemm_flops_per_second, resident_bytes
@@ -31,7 +31,7 @@ _READY_TAG = 2
 
 LLAMA = {"gated_ffn": True, "norm": "rms", "norm_position": "pre", "positions": "rotary", "causal": True}
 
-PROBES = (
+PROBES: tuple[Probe, ...] = (
     Probe(256, 128, 2, layers=4),
     Probe(512, 128, 8),
     Probe(512, 128, 2, share=0.5),
@@ -54,7 +54,7 @@ PROBES = (
     Probe(320, 64, 2, layers=2, share=0.5),
     Probe(256, 256, 1, attention="blocked"),
 )
-QUICK_PROBES = (
+QUICK_PROBES: tuple[Probe, ...] = (
     Probe(256, 128, 2),
     Probe(512, 128, 4, layers=1),
     Probe(512, 128, 2, share=0.5, layers=1),
@@ -68,26 +68,27 @@ QUICK_PROBES = (
 ESSENTIAL = 9
 """So many of the first probes show every kind of operator: they are run even when the time is used up."""
 
-THREADS_SECONDS = 2.0
 THREAD_PROBES = 2
 """How many of the first probes run on several threads: products of two sizes tell their start from their speed."""
 
-TOGETHER_SECONDS = 1.0
-TOGETHER = (0, 1, 4)
+TOGETHER: tuple[int, ...] = (0, 1, 4)
 """Which probes all ranks also run at the same time: in cache, out of it, and with weights that are hardly reused."""
 
 
 @dataclass(frozen=True)
 class _Budget:
-    """Seconds for each part of the survey."""
+    """Seconds for each part of the survey; `together` for each of its probes."""
 
     alone: float
+    threads: float
+    together: float
     exchanges: float
     in_place: float
+    early: float
 
 
-DEFAULT = _Budget(alone=24.0, exchanges=10.0, in_place=10.0)
-QUICK = _Budget(alone=5.5, exchanges=2.5, in_place=1.5)
+DEFAULT = _Budget(alone=24.0, threads=2.0, together=1.0, exchanges=10.0, in_place=10.0, early=3.0)
+QUICK = _Budget(alone=3.6, threads=1.0, together=0.5, exchanges=1.6, in_place=1.0, early=0.4)
 
 
 def profile(comm: Communicator, quick: bool, report: Report | None = None) -> Machine | None:
@@ -108,11 +109,11 @@ def profile(comm: Communicator, quick: bool, report: Report | None = None) -> Ma
 
     def alone() -> None:
         nonlocal survey
-        survey = _survey_alone(len(hosts[0]), quick, budget.alone, tell)
+        survey = _survey_alone(len(hosts[0]), quick, budget, tell)
 
     rank_zero_alone(comm, alone)
-    together = _probe_together(comm, quick, tell)
-    inside: tuple[list[Timed], float, list[InPlace]] = [], 0.0, []
+    together = _probe_together(comm, quick, budget, tell)
+    inside = _Inside()
     if comm.rank in hosts[0]:
         inside = _time_inside(comm.subset(hosts[0]), quick, budget, tell)
     _sleep_until_all_are_here(comm)
@@ -124,7 +125,8 @@ def profile(comm: Communicator, quick: bool, report: Report | None = None) -> Ma
     if survey is None:
         return None
     survey.together, survey.hosts, survey.between = together, len(hosts), between
-    survey.exchanges, survey.barrier_seconds, survey.in_place = inside
+    survey.exchanges, survey.barrier_seconds = inside.exchanges, inside.barrier_seconds
+    survey.in_place, survey.early_reduction_cost = inside.in_place, inside.early_reduction_cost
     if survey.ranks > survey.cores:
         survey.oversubscription_slowdown = _crowding(survey)
     machine = machine_of(survey)
@@ -132,42 +134,57 @@ def profile(comm: Communicator, quick: bool, report: Report | None = None) -> Ma
     return machine
 
 
-def _time_inside(
-    comm: Communicator, quick: bool, budget: _Budget, tell: Report
-) -> tuple[list[Timed], float, list[InPlace]]:
+@dataclass
+class _Inside:
+    """What the ranks of one host found about moving bytes among themselves."""
+
+    exchanges: list[Timed] = field(default_factory=list)
+    barrier_seconds: float = 0.0
+    in_place: list[InPlace] = field(default_factory=list)
+    early_reduction_cost: float | None = None
+
+
+def _time_inside(comm: Communicator, quick: bool, budget: _Budget, tell: Report) -> _Inside:
     """Groups of every size, their meeting, and collectives inside steps, on the ranks of one host."""
-    exchanges: list[Timed] = []
-    barrier = 0.0
+    found = _Inside()
     sizes = group_sizes(comm.size)
     for position, size in enumerate(sizes):
         tell(f"collectives on {size} ranks", 0.65 + 0.25 * position / len(sizes))
         if comm.rank < size:
             group = comm.group(range(size), f"profile{size}")
-            exchanges += time_exchanges(group, quick=quick, seconds=budget.exchanges / len(sizes))
-            barrier = barrier_seconds(group)
+            found.exchanges += time_exchanges(group, quick=quick, seconds=budget.exchanges / len(sizes))
+            found.barrier_seconds = barrier_seconds(group)
         _sleep_until_all_are_here(comm)
     tell("collectives inside a step", 0.9)
-    return exchanges, barrier, _time_in_place(comm, exchanges, budget.in_place)
+    _time_in_steps(comm, found, budget)
+    return found
 
 
-def _time_in_place(comm: Communicator, exchanges: list[Timed], seconds: float) -> list[InPlace]:
+def _time_in_steps(comm: Communicator, found: _Inside, budget: _Budget) -> None:
     """Collectives inside steps of all ranks, by the algorithms that rank 0 found fastest."""
     if comm.size == 1:
-        return []
+        return
+    whole = [each for each in found.exchanges if each.group_size == comm.size]
+    found.in_place = time_in_place(comm, _agreed(comm, fastest_algorithms(whole)), budget.in_place)
+    largest = max((size for each in whole for size in each.sizes_bytes), default=0)
+    found.early_reduction_cost = early_reduction_cost(
+        comm, _agreed(comm, fastest_algorithms(whole, largest)), budget.early
+    )
+
+
+def _agreed(comm: Communicator, own: dict[str, str]) -> dict[str, str]:
+    """Rank 0's choice of algorithms, on every rank."""
     names = {operation: ALGORITHMS[operation] for operation in sorted(ALGORITHMS)}
-    own = fastest_algorithms([each for each in exchanges if each.group_size == comm.size])
     choice = np.array([names[operation].index(own.get(operation, "native")) for operation in names])
     comm.world.broadcast(choice, key="profile")
-    return time_in_place(
-        comm, {operation: names[operation][int(i)] for operation, i in zip(names, choice, strict=True)}, seconds
-    )
+    return {operation: names[operation][int(i)] for operation, i in zip(names, choice, strict=True)}
 
 
 def _silent(_what: str, _share: float) -> None:
     pass
 
 
-def _survey_alone(ranks: int, quick: bool, seconds: float, tell: Report) -> Survey:
+def _survey_alone(ranks: int, quick: bool, budget: _Budget, tell: Report) -> Survey:
     """What rank 0 finds out by itself."""
     tell("matrix products", 0.0)
     survey = Survey(
@@ -182,17 +199,17 @@ def _survey_alone(ranks: int, quick: bool, seconds: float, tell: Report) -> Surv
         load_kernels(probe.plan())  # compiled before time counts
     begun = perf_counter()
     for position, probe in enumerate(probes):
-        if position >= ESSENTIAL and perf_counter() > begun + seconds:
+        if position >= ESSENTIAL and perf_counter() > begun + budget.alone:
             survey.remarks.append(f"{len(probes) - position} of {len(probes)} probes left out: the time was used up")
             break
         tell(
             f"training step of hidden {probe.hidden}, {probe.seq_len * probe.batch} tokens",
             0.6 * position / len(probes),
         )
-        left = begun + seconds - perf_counter()
+        left = begun + budget.alone - perf_counter()
         survey.alone.append(run_probe(probe, perf_counter() + left / (len(probes) - position)))
     tell("matrix products on several threads", 0.6)
-    threads = thread_speedup(survey.cores, probes[:THREAD_PROBES], THREADS_SECONDS)
+    threads = thread_speedup(survey.cores, probes[:THREAD_PROBES], budget.threads)
     survey.thread_speedup, survey.thread_call_seconds = threads
     if not quick:
         survey.oversubscription_slowdown = _oversubscription(probes[0], survey.alone[0])
@@ -223,7 +240,7 @@ def _crowding(survey: Survey) -> float:
     return max(1.0, median(ratios))
 
 
-def _probe_together(comm: Communicator, quick: bool, tell: Report) -> list[ProbeResult]:
+def _probe_together(comm: Communicator, quick: bool, budget: _Budget, tell: Report) -> list[ProbeResult]:
     """Some probes on all ranks at the same time."""
     if comm.size == 1:
         return []
@@ -232,7 +249,7 @@ def _probe_together(comm: Communicator, quick: bool, tell: Report) -> list[Probe
     for probe in (probe for position, probe in enumerate(probes) if position in TOGETHER):
         tell(f"the same on all {comm.size} ranks at once", 0.6)
         comm.world.barrier()
-        found.append(run_probe(probe, perf_counter() + TOGETHER_SECONDS))
+        found.append(run_probe(probe, perf_counter() + budget.together))
         _sleep_until_all_are_here(comm)
     return found
 

@@ -181,11 +181,24 @@ def exposed_seconds(machine: Machine, communication_seconds: Size, compute_secon
     """Return what a stretch of work takes longer because of communication that may run beside it.
 
     Up to `overlap_fraction` of the communication hides behind the computation, which it slows by `overlap_slowdown`
-    meanwhile (FSDP's prefetched gathers, Zhao et al. 2023, arXiv 2304.11277, section 3.3); the rest is exposed.
+    meanwhile (FSDP's prefetched gathers, Zhao et al. 2023, arXiv 2304.11277, section 3.3); the rest is exposed. On CPUs
+    all of it is: a core that computes fetches nothing beside it.
     """
+    if machine.device.kind == "cpu":
+        return np.asarray(communication_seconds, np.float64)[()]
     overheads = machine.overheads
     hidden = np.minimum(np.multiply(communication_seconds, overheads.overlap_fraction), compute_seconds)
     return np.asarray(communication_seconds - hidden + hidden * (overheads.overlap_slowdown - 1))[()]
+
+
+def early_reduction_seconds(machine: Machine, seconds: Size) -> Seconds:
+    """Return what a gradient reduction that starts during the backward pass takes of a CPU rank's own time.
+
+    The core that computes also moves the bytes, between its kernels, but waits less for its peers: a profile's
+    `overlap_fraction` and `overlap_slowdown` say by how much that is cheaper or dearer than `seconds`, all at once.
+    """
+    overheads = machine.overheads
+    return np.multiply(seconds, (1 - overheads.overlap_fraction) * overheads.overlap_slowdown)
 
 
 def slowest_host_factor(machine: Machine, hosts: Size) -> Seconds:

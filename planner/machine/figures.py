@@ -121,6 +121,8 @@ class Overheads(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     `dispatch_seconds` is host time per kernel, `collective_dispatch_seconds` per collective: a stretch of work takes at
     least their sum. `queue_sharpness` is the order of the smooth maximum of host and device time (None: the maximum).
     `host_speed_sigma` is the relative spread of speed between equal hosts, of which a step waits for the slowest.
+    On CPUs `overlap_fraction` and `overlap_slowdown` are of gradient reductions that start early: such a one takes
+    (1 - fraction)·slowdown of the time of one that is waited for.
     """
 
     provenance: Provenance

@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost.compute import oversubscription_factor, slowest_host_factor
+from planner.cost.compute import (
+    early_reduction_seconds,
+    exposed_seconds,
+    oversubscription_factor,
+    slowest_host_factor,
+)
 from planner.cost.footprint import footprint_bytes
 from planner.cost.price import Place, compute_seconds, group_seconds, message_seconds
 from planner.machine import Machine
@@ -181,12 +186,13 @@ def _update_seconds(
     columns = []
     for update in question.updates:
         serial = {0: reduce, 1: scatter, 2: count * scatter, 3: count * (scatter + 2 * gather)}[update.zero]
-        if update.overlap:
+        if update.overlap and machine.device.kind == "cpu":
+            serial = early_reduction_seconds(machine, serial)
+        elif update.overlap:
             serial = np.maximum(serial - behind, serial / (layers + 1))
         elif update.zero >= 2:
             whole = count * layers * (costs["layer"].forward_seconds + costs["layer"].backward_seconds)
-            hidden = np.minimum(serial * machine.overheads.overlap_fraction, whole)
-            serial = serial - hidden + hidden * (machine.overheads.overlap_slowdown - 1)
+            serial = exposed_seconds(machine, serial, whole)
         again = gather if update.zero in (1, 2) else 0.0
         owned = parameters / group if update.zero else parameters
         moved = owned * update_bytes(training)

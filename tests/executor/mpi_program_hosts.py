@@ -12,8 +12,7 @@ PROBES = (
 
 if __name__ == "__main__":
     survey.QUICK_PROBES = PROBES
-    survey.QUICK = survey._Budget(alone=0.5, exchanges=0.5, in_place=0.0)
-    survey.THREADS_SECONDS = 0.1
+    survey.QUICK = survey._Budget(alone=0.5, threads=0.1, together=1.0, exchanges=0.5, in_place=0.0, early=0.0)
     survey.TOGETHER = (0,)
-    survey._time_in_place = lambda *_: []
+    survey._time_in_steps = lambda *_: None
     main()

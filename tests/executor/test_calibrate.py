@@ -24,13 +24,13 @@ from executor.calibrate.exchanges import (
     time_exchanges,
 )
 from executor.calibrate.fit import fit_attention, fit_concurrent, fit_excess, fit_gemm, fit_regimes, fit_threads
-from executor.calibrate.in_place import OPERATION_OF, fastest_algorithms, plans
+from executor.calibrate.in_place import OPERATION_OF, early_plan, fastest_algorithms, plans
 from executor.calibrate.probes import LEAST_STEPS, Observation, Probe, ProbeResult, is_stable, run_probe
 from executor.calibrate.survey import PROBES, QUICK_PROBES
 from executor.comm import ALGORITHMS, Communicator
 from executor.comm.loopback import run_loopback
 from planner import Mesh, load_machine, make_plan, predict, with_sizes
-from planner.cost.compute import gemm_seconds
+from planner.cost.compute import early_reduction_seconds, gemm_seconds
 from planner.cost.measured import measured_seconds
 from planner.cost.price import Place, group_seconds
 from planner.cost.sizes import regimes_seconds
@@ -313,6 +313,23 @@ def test_the_algorithm_for_a_survey_s_own_plans_is_the_fastest_of_middling_messa
     slow = Timed("all_reduce", 2, "native", [2**10, 2**20], [1e-6, 1e-3])
     fast = Timed("all_reduce", 2, "ring", [2**10, 2**20], [2e-5, 2e-4])
     assert fastest_algorithms([slow, fast]) == {"all_reduce": "ring"}
+    assert fastest_algorithms([slow, fast], 2**10) == {"all_reduce": "native"}
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.6, 1.0, 1.7])
+def test_reductions_that_start_early_cost_what_was_measured(cost: float, tiny: ProbeResult) -> None:
+    survey = survey_of(tiny)
+    survey.early_reduction_cost = cost
+    machine = machine_of(survey)
+    assert float(early_reduction_seconds(machine, 2.0)) == pytest.approx(2 * cost)
+    waited = early_plan(2, {})
+    started = msgspec.structs.replace(waited, overlap_gradients=True)
+    plain, early = predict(waited, machine), predict(started, machine)
+    moved = sum(work.seconds[0] for key, work in plain.operators.items() if "gradient_all_reduce" in key)
+    assert early.step_seconds - plain.step_seconds == pytest.approx((cost - 1) * moved, rel=0.05, abs=1e-5)
+    gathered = msgspec.structs.replace(waited, zero_stage=3)  # nothing is fetched beside a core's own computation
+    neutral = machine_of(survey_of(tiny))
+    assert predict(gathered, machine).step_seconds == predict(gathered, neutral).step_seconds
 
 
 # ---- all of it, under MPI --------------------------------------------------------------------------------------------
@@ -333,6 +350,7 @@ def test_a_quick_profile_of_this_machine_predicts_two_ranks(tmp_path: object) ->
     assert operations == {(operation, 2) for operation in (*OPERATIONS, "send")}
     assert set(machine.link_in_host.in_place) == {"all_reduce", "all_gather", "reduce_scatter", "send"}
     assert machine.overheads.exchange_seconds > 0
+    assert (1 - machine.overheads.overlap_fraction) * machine.overheads.overlap_slowdown != 1  # measured, not assumed
     assert set(machine.device.attention) >= {"attention_plain", "attention_plain_backward", "attention_blocked"}
     assert len(machine.host.thread_speedup) == machine.host.cores
     spec = with_sizes(None, layers=2, hidden=128, heads=4, seq_len=64)
