@@ -4,7 +4,8 @@ Everything that is compared runs in turn, a few steps of each at a time, and is 
 of the machine's clock or of its other load falls on both sides; a row gives the median of the ratios and the range of
 their middle half. A rate is a share of the sgemm rate of the same process (2048 x 2048 x 2048), because the same NumPy
 runs twice as fast or as slow depending on the kernels of its BLAS. The PyTorch rows need an interpreter that has torch:
-name it in TORCH_PYTHON.
+name it in TORCH_PYTHON. Plans of several ranks are what the planner makes of the mesh on this machine, profiled first:
+it chooses the algorithms of the collectives, and whether reductions start early.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ from executor.comm.loopback import run_loopback
 from executor.data import Batches
 from executor.environment import describe_environment
 from executor.runtime import Runtime
+from planner.cost.algorithms import fix_collectives
+from planner.machine import Machine, load_machine
 from planner.mesh import Mesh
 from planner.model import ModelSpec, base_spec, model_flops, with_sizes
 from planner.plan import Plan, ScheduleRecipe, Training, dump_plan, make_plan
+from planner.predict import predict
 
 
 class Sizes(NamedTuple):
@@ -229,7 +233,30 @@ def typical(plan: Plan, folder: Path, steps: int) -> float:
     return median(run_plan(plan, folder, steps).steps)
 
 
-def two_ranks(sizes: Sizes, python: str | None, rounds: int, steps: int) -> list[Row]:
+def profile(quick: bool) -> Machine:
+    """This machine as `planner profile` measures it now."""
+    program = str(Path(sys.executable).parent / "planner")
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "machine.toml")
+        command = [program, "profile", *["--quick"] * quick, "-o", file]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return load_machine(file)
+
+
+def planned(plan: Plan, machine: Machine) -> Plan:
+    """The plan with what the planner chooses for its mesh: algorithms, and when gradients are reduced."""
+    early = [msgspec.structs.replace(plan, overlap_gradients=True)] if plan.mesh.dp > 1 else []
+    fixed = [fix_collectives(each, machine) for each in (plan, *early)]
+    return min(fixed, key=lambda each: predict(each, machine).step_seconds)
+
+
+def choices(plan: Plan) -> str:
+    """What the planner chose, in words."""
+    found = [f"{name} {algorithm}" for name, algorithm in sorted(plan.collectives.items())]
+    return ", ".join([*found, *["reduced early"] * plan.overlap_gradients])
+
+
+def two_ranks(sizes: Sizes, machine: Machine, python: str | None, rounds: int, steps: int) -> list[Row]:
     """Speed-up of two ranks over one; each round runs every plan once."""
     name = _name(sizes)
     cases = {
@@ -238,6 +265,7 @@ def two_ranks(sizes: Sizes, python: str | None, rounds: int, steps: int) -> list
         "tp=2, strong scaling": (sizes.plan(tp=2), 1.0, 1.70),
         "pp=2, 8 micro-batches, strong scaling": (sizes.plan(pp=2, micro_batches=8), 1.0, 1.60),
     }
+    cases = {case: (planned(plan, machine), work, goal) for case, (plan, work, goal) in cases.items()}
     found: dict[str, list[float]] = {case: [] for case in cases}
     over_ddp: list[float] = []
     ddp = Torch(python, sizes._replace(batch=sizes.batch // 2), ranks=2) if python else None
@@ -249,7 +277,10 @@ def two_ranks(sizes: Sizes, python: str | None, rounds: int, steps: int) -> list
                 found[case].append(work * one / seconds)
                 if ddp is not None and case.startswith("dp=2, strong"):
                     over_ddp.append(seconds / median(ddp.step() for _ in range(steps)))
-    rows = [at_least(f"{name} {case}: speed-up", found[case], goal) for case, (_, _, goal) in cases.items()]
+    rows = [
+        at_least(f"{name} {case}: speed-up", found[case], goal, choices(plan))
+        for case, (plan, _, goal) in cases.items()
+    ]
     if ddp is None:
         note = "torch is missing: set TORCH_PYTHON"
         return [*rows, Row(f"{name} dp=2 step over PyTorch DDP (gloo)", [], "<= 0.5", None, note)]
@@ -257,14 +288,17 @@ def two_ranks(sizes: Sizes, python: str | None, rounds: int, steps: int) -> list
     return [*rows, at_most(f"{name} dp=2 step over PyTorch DDP (gloo)", over_ddp, 0.50)]
 
 
-def overlap(sizes: Sizes, rounds: int, steps: int) -> list[Row]:
+def overlap(sizes: Sizes, machine: Machine, rounds: int, steps: int) -> list[Row]:
     """Whether reducing gradients during the backward pass pays: dp=2 with it over dp=2 without."""
-    blocking = sizes.plan(dp=2)
+    blocking = fix_collectives(sizes.plan(dp=2), machine)
     early = msgspec.structs.replace(blocking, overlap_gradients=True)
+    expected = predict(early, machine).step_seconds / predict(blocking, machine).step_seconds
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ratios = [typical(early, folder, steps) / typical(blocking, folder, steps) for _ in range(rounds)]
-    return [Row(f"{_name(sizes)} dp=2, gradients overlapped over blocking", ratios, "", None, "the plan's choice")]
+    return [
+        Row(f"{_name(sizes)} dp=2, gradients overlapped over blocking", ratios, "", None, f"predicted {expected:.3f}")
+    ]
 
 
 def start_up(sizes: Sizes, rounds: int) -> list[Row]:
@@ -364,6 +398,8 @@ def main() -> int:
     blas = ", ".join(f"{x['name']} {x['version']} {x['architecture']}" for x in about["blas"] if x["architecture"])
     print(f"{about['date']}  {about['processor']}, {about['cores']} cores  {blas}\n")
     print(f"{'':64s} {'median [middle half]':>20s}  {'goal':>8s} met")
+    if parts & {"ranks", "overlap"}:
+        profiled = profile(chosen.quick)
     for sizes in CONFIGURATIONS[: 1 if chosen.quick else None]:
         if parts & {"rank", "torch"}:
             rank = OneRank(sizes)
@@ -374,9 +410,9 @@ def main() -> int:
         if "torch" in parts:
             show(torch_rows(chosen.torch_python, rank, sizes, pairs))
         if "ranks" in parts:
-            show(two_ranks(sizes, chosen.torch_python, rounds, steps))
+            show(two_ranks(sizes, profiled, chosen.torch_python, rounds, steps))
         if "overlap" in parts:
-            show(overlap(sizes, rounds, steps))
+            show(overlap(sizes, profiled, rounds, steps))
     if "attention" in parts:
         show(attention(pairs))
     if "start" in parts:
