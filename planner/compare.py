@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from planner.errors import DataError
-from planner.trace import Prediction, Record, Span, is_communication, is_pipeline_wait
+from planner.trace import Prediction, Record, is_communication, is_pipeline_wait
 
 Cause = Literal["compute", "collective", "transfer", "waiting", "bubble", "overhead"]
 Pair = Literal["prediction and measurement", "two predictions", "two measurements"]
@@ -164,24 +164,27 @@ def decompose(record: Record) -> dict[Term, float]:
     A rank class whose trace holds only some of its ranks is represented by them.
     """
     weight = rank_weights(record)
+    by_key: dict[tuple[str, str], float] = defaultdict(float)  # a step has thousands of spans and few keys
+    for rank, stream, key, start, end, kind in record.trace:
+        if stream == "compute":
+            by_key[key, kind] += (end - start) * weight.get(rank, 0.0)
     terms: dict[Term, float] = defaultdict(float)
-    for span in record.spans():
-        if span.stream == "compute":
-            terms[term_of(span)] += span.seconds * weight.get(span.rank, 0.0)
+    for (key, kind), seconds in by_key.items():
+        terms[term_of(key, kind)] += seconds
     terms[OVERHEAD] = record.step_seconds - sum(terms.values())
     return dict(terms)
 
 
-def term_of(span: Span) -> Term:
+def term_of(key: str, kind: str) -> Term:
     """What a span on the compute stream is booked under: compute by operator, collectives by axis and kind."""
-    axis, _, rest = span.key.partition(".")
-    if span.kind == "wait":
-        if is_pipeline_wait(span.key):
+    axis, _, rest = key.partition(".")
+    if kind == "wait":
+        if is_pipeline_wait(key):
             return BUBBLE
         return Term("waiting", f"{axis}.{rest.partition('.')[0]}")
-    if is_communication(span.key):
+    if is_communication(key):
         return Term("transfer" if axis == "pp" else "collective", f"{axis}.{rest.partition('.')[0]}")
-    return Term("compute", rest if axis.isdigit() else span.key)
+    return Term("compute", rest if axis.isdigit() else key)
 
 
 PLACES = ("compute", "tp", "cp", "dp", "pp", "waiting", "bubble", "overhead")

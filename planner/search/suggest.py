@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from planner.cost.fine import WHOLE_MESH_RANKS
 from planner.cost.footprint import device_bytes
 from planner.errors import MeshwrightError, PlanError
 from planner.machine import Machine
 from planner.model import ModelSpec
 from planner.plan import Plan, Training
-from planner.predict import WHOLE_MESH_RANKS, predict
+from planner.predict import predict
 from planner.search.space import Space
 from planner.search.ties import by_preference
 from planner.trace import Prediction
@@ -28,10 +29,10 @@ from planner.trace import Prediction
 if TYPE_CHECKING:
     from planner.search.assign import Assignment
 
-REPLAY_SPANS = 12_000
+REPLAY_SPANS = 40_000
 """Spans to replay, under a second's work; a count and not a time, so that the answer does not depend on the load."""
 
-LARGE_MESH_SPANS = 13_000  # what laying out a mesh beyond `WHOLE_MESH_RANKS` costs, in spans
+LARGE_MESH_SPANS = 40_000  # what laying out a mesh beyond `WHOLE_MESH_RANKS` costs, in spans
 ALWAYS_REPLAYED = 2
 SPARE_REPLAYS = 6  # beyond the plans asked for: an estimate may put the best a few places down
 

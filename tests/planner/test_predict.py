@@ -1,5 +1,6 @@
 """Predictions: closed forms of a pipeline, what may not change a prediction, and the two replays against each other."""
 
+from collections import defaultdict
 from importlib import import_module
 
 import msgspec
@@ -7,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from small_plans import BERT, GPT, LLAMA, plan, plans
 
+from planner.cost import fine
+from planner.cost.fine import representatives
 from planner.machine import load_machine
 from planner.model import model_flops
-from planner.predict import predict, representatives
+from planner.predict import predict
 from planner.trace import rank_classes
 
 module = import_module("planner.predict")  # the package's attribute of that name is the function
@@ -195,13 +198,32 @@ REPRESENTED = [
 @pytest.mark.parametrize("choices", REPRESENTED, ids=str)
 def test_representatives_stand_for_the_whole_mesh(choices, monkeypatch):
     candidate = plan(**choices)
-    whole = predict(candidate, CPU)
-    monkeypatch.setattr(module, "WHOLE_MESH_RANKS", 0)
-    assert len(representatives(candidate)) < candidate.mesh.world_size
+    world = candidate.mesh.world_size
+    assert len(representatives(candidate)) < world
+    whole = predict(candidate, msgspec.structs.replace(CPU, relative_speeds=(1.0,) * world))  # every rank for itself
+    copied = predict(candidate, CPU)
+    close = {"rel": 1e-6, "abs": 1e-8}  # shards of a sharded optimizer may differ by one element
+    assert copied.step_seconds == pytest.approx(whole.step_seconds, **close)
+    assert copied.rank_seconds == pytest.approx(whole.rank_seconds, **close)
+    assert copied.bubble_fraction == pytest.approx(whole.bubble_fraction, abs=1e-6)
+    assert copied.exposed_communication_seconds == pytest.approx(whole.exposed_communication_seconds, **close)
+    assert copied.peak_bytes == whole.peak_bytes
+    assert copied.operators.keys() == whole.operators.keys()
+    assert _work(copied) == pytest.approx(_work(whole), **close)
+    monkeypatch.setattr(fine, "WHOLE_MESH_RANKS", 0)
     few = predict(candidate, CPU)
-    assert few.step_seconds == pytest.approx(whole.step_seconds, rel=1e-9)
-    assert few.peak_bytes == whole.peak_bytes
-    assert few.rank_seconds == pytest.approx(whole.rank_seconds, rel=1e-9)
+    assert few.step_seconds == pytest.approx(copied.step_seconds, rel=1e-9)
+    assert few.peak_bytes == copied.peak_bytes
+    assert few.rank_seconds == pytest.approx(copied.rank_seconds, rel=1e-9)
+
+
+def _work(prediction):
+    """Seconds of work in the trace by rank and key."""
+    found = defaultdict(float)
+    for span in prediction.spans():
+        if span.kind == "work":
+            found[span.rank, span.key] += span.seconds
+    return {key: seconds for key, seconds in found.items() if seconds > 1e-7}
 
 
 @settings(max_examples=40, deadline=None)
@@ -209,12 +231,7 @@ def test_representatives_stand_for_the_whole_mesh(choices, monkeypatch):
 def test_every_class_of_ranks_has_a_representative(candidate):
     classes = rank_classes(candidate)
     assert sorted(rank for members in classes for rank in members) == list(range(candidate.mesh.world_size))
-    limit = module.WHOLE_MESH_RANKS
-    module.WHOLE_MESH_RANKS = 0
-    try:
-        kept = {candidate.mesh.rank(at) for at in representatives(candidate)}
-    finally:
-        module.WHOLE_MESH_RANKS = limit
+    kept = {candidate.mesh.rank(at) for at in representatives(candidate)}
     for members in classes:
         assert kept & set(members), f"no representative among {members}"
 
