@@ -111,7 +111,8 @@ class Runtime:
         self._finite = True  # this rank's gradients of the step are all numbers
         self._positions = placement.index("seq", ("cp",) if plan.mesh.cp > 1 else ())
         starts = offsets(plan.parts.batch)
-        self._samples = device.upload(np.arange(starts[self.at.dp], starts[self.at.dp + 1]))
+        self._first_sample = starts[self.at.dp]
+        self._samples = device.upload(np.arange(self._first_sample, starts[self.at.dp + 1]))
         self._first = offsets(self.program.micro_batches)
 
     def _initialise(self, unit: UnitState, placement: Placement) -> None:
@@ -203,7 +204,8 @@ class Runtime:
 
     def _load(self, part: Step, m: MicroBatch) -> None:
         """The data of the stages that read it: ids at the embedding, targets and weights at the loss."""
-        found = self.batches.batch(self.context.step, m.samples, self._positions)
+        first = self._first_sample + self._first[part.micro_batch]
+        found = self.batches.batch(self.context.step, range(first, first + m.batch), self._positions)
         if part.stage == 0:
             m.arrays["ids"] = self.device.upload(found.ids.astype(np.int64))
         if part.stage == self.plan.num_stages - 1:

@@ -4,6 +4,7 @@ Runs from a plain checkout and installs nothing. What this Python lacks is taken
 gpu-wheels`). Stages, each with a time limit; one that fails does not stop the others, and results.json is written again
 after every one:
 
+  kernels   compile what the others launch, on several cores at once; CuPy keeps it on disk
   check     plans on 1, 2 and 4 ranks that share the GPU, compared with one rank on the host
   profile   executor profile --device cuda
   measured  one-rank plans, predicted from that profile and measured
@@ -18,12 +19,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -33,7 +36,8 @@ from gpu_processes import ROOT, StageError, Stepper, mpirun, prepare, run
 from gpu_rows import Row, at_most, missed, torch_rows
 
 TOTAL_SECONDS = 470.0
-LIMITS = {"check": 130.0, "profile": 100.0, "measured": 70.0, "torch": 160.0, "staged": 60.0}
+LIMITS = {"kernels": 60.0, "check": 130.0, "profile": 100.0, "measured": 70.0, "torch": 160.0, "staged": 60.0}
+MOST_COMPILERS = 16
 WORKER = [sys.executable, str(ROOT / "tests/gpu_worker.py")]
 EXECUTOR = [sys.executable, "-m", "executor.cli"]
 TORCH = [sys.executable, str(ROOT / "tests/torch_step.py")]
@@ -75,6 +79,11 @@ class Job:
             print(row.as_text(), flush=True)
             self.rows.append(row)
 
+    def fail(self, what: str) -> None:
+        """Show what went wrong and keep it."""
+        print(f"failed: {what}", flush=True)
+        self.failures.append(what)
+
     def save(self) -> None:
         """Write the results so far."""
         rows = [row._asdict() for row in self.rows]
@@ -82,14 +91,18 @@ class Job:
         (self.out / "results.json").write_text(json.dumps(content, indent=1))
 
     def cases(self, name: str, cases: list[tuple[Any, str]]) -> Path:
-        """Write plans and the list of them for the worker."""
+        """Write the plans of cases and the list of them for the worker."""
+        return self.plans(name, [(f"{case.name} {dtype}".strip(), case.plan(), dtype) for case, dtype in cases])
+
+    def plans(self, name: str, plans: list[tuple[str, Any, str]]) -> Path:
+        """Write named plans and the list of them for the worker."""
         from planner.plan import dump_plan
 
         listed = []
-        for number, (case, dtype) in enumerate(cases):
+        for number, (title, plan, dtype) in enumerate(plans):
             path = self.work / f"{name}-{number}.json"
-            dump_plan(case.plan(), path)
-            listed.append({"name": f"{case.name} {dtype}".strip(), "plan": str(path), "dtype": dtype})
+            dump_plan(plan, path)
+            listed.append({"name": title, "plan": str(path), "dtype": dtype})
         file = self.work / f"{name}.cases"
         file.write_text(json.dumps(listed))
         return file
@@ -102,6 +115,32 @@ def done_lines(file: Path) -> list[dict[str, Any]]:
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def kernels(job: Job, deadline: float) -> None:
+    """One small step of every plan of the other stages: nothing is compiled while it is timed, or four times at once.
+
+    A worker takes the plans of one precision and head size, which share their sources.
+    """
+    groups = job.scale.plans_by_source()
+    workers = max(1, min(MOST_COMPILERS, os.cpu_count() or 1, len(groups)))
+    begun = time.monotonic()
+
+    def compile_group(number: int, members: list[Any]) -> str:
+        listed = job.plans(f"kernels{number}", [("", plan, "") for plan in members])
+        try:
+            run([*WORKER, "compile", str(listed)], job.environment, job.left(deadline), job.log("check"))
+        except StageError as error:
+            return f"kernels: {error}"
+        return ""
+
+    with ThreadPoolExecutor(workers) as pool:
+        for trouble in pool.map(compile_group, range(len(groups)), groups.values()):
+            if trouble:
+                job.fail(trouble)
+    seconds = time.monotonic() - begun
+    note = f"{sum(map(len, groups.values()))} plans, {workers} at once"
+    job.add(Row("kernels: seconds until all are compiled", seconds, "", None, note))
 
 
 def check(job: Job, deadline: float) -> None:
@@ -117,7 +156,7 @@ def check(job: Job, deadline: float) -> None:
                 run(command, job.environment, job.left(deadline), job.log("check"))
                 break
             except StageError as error:
-                job.failures.append(f"check on {ranks} ranks: {error}")
+                job.fail(f"check on {ranks} ranks: {error}")
                 if job.left(deadline) < 15:
                     break
         found += done_lines(out)
@@ -148,7 +187,7 @@ def profile(job: Job, deadline: float) -> None:
     except StageError as error:
         if quick:
             raise
-        job.failures.append(f"profile: {error}; the quick one took its place")
+        job.fail(f"profile: {error}; the quick one took its place")
         quick, begun = True, time.monotonic()
         run([*command, "--quick"], job.environment, min(60.0, job.left()), job.log("profile"))
     seconds = time.monotonic() - begun
@@ -178,7 +217,7 @@ def measured(job: Job, deadline: float) -> None:
             run([*WORKER, "measure", str(listed), str(out)], job.environment, job.left(deadline), job.log("measured"))
             break
         except StageError as error:
-            job.failures.append(f"measured: {error}")
+            job.fail(f"measured: {error}")
             if job.left(deadline) < 15:
                 break
     found = {one["name"]: one for one in done_lines(out)}
@@ -223,6 +262,7 @@ def staged(job: Job, deadline: float) -> None:
     from planner.machine import load_machine
     from planner.predict import predict
 
+    machine = load_machine(_profile_path(job)) if Path(_profile_path(job)).is_file() else None
     kept = job.results["staged"] = []
     for number, case in enumerate(job.scale.staged):
         out = job.work / f"staged-{number}-measured.json"
@@ -232,13 +272,16 @@ def staged(job: Job, deadline: float) -> None:
         try:
             run(command, job.environment, job.left(deadline), job.log("staged"))
         except StageError as error:
-            job.failures.append(f"staged {case.name}: {error}")
+            job.fail(f"staged {case.name}: {error}")
             continue
         seconds = json.loads(out.read_text())["step_seconds"]
-        predicted = predict(case.plan(), load_machine(_profile_path(job))).step_seconds
+        predicted = None if machine is None else predict(case.plan(), machine).step_seconds
         kept.append({"name": case.name, "step_seconds": seconds, "predicted_seconds": predicted})
-        note = f"{predicted * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} measured"
-        job.add(Row(f"staged {case.name}: predicted over measured", predicted / seconds, "", None, note))
+        what, note = f"staged {case.name}: predicted over measured", f"{seconds * 1e3:.1f} ms measured"
+        if predicted is None:
+            job.add(Row(what, None, "", None, f"{note}, no profile to predict from"))
+        else:
+            job.add(Row(what, predicted / seconds, "", None, f"{predicted * 1e3:.1f} ms predicted, {note}"))
 
 
 def torch(job: Job, deadline: float) -> None:
@@ -258,13 +301,13 @@ def torch(job: Job, deadline: float) -> None:
             try:
                 facts[precision] = stepper.ready(deadline - 40)
             except StageError as error:
-                job.failures.append(f"compiled PyTorch, {precision}: {error}")
+                job.fail(f"compiled PyTorch, {precision}: {error}")
                 compiled.pop(precision).close()
         for precision in reversed(job.scale.benchmark_precisions):
             try:
                 kept[precision] = _pairs(job, precision, compiled.get(precision), deadline, have=have)
             except (StageError, ValueError) as error:
-                job.failures.append(f"beside PyTorch, {precision}: {error}")
+                job.fail(f"beside PyTorch, {precision}: {error}")
             job.save()
     finally:
         for stepper in compiled.values():
@@ -315,7 +358,7 @@ def _best_attention(job: Job, precision: str) -> tuple[Any, str]:
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
-STAGES: tuple[Callable[[Job, float], None], ...] = (check, profile, measured, torch, staged)
+STAGES: tuple[Callable[[Job, float], None], ...] = (kernels, check, profile, measured, torch, staged)
 
 
 def find_device(environment: dict[str, str]) -> dict[str, Any]:
@@ -363,10 +406,12 @@ def run_stages(chosen: argparse.Namespace, work: Path) -> int:
         if stage.__name__ not in chosen.only.split(","):
             continue
         begun = time.monotonic()
+        limit = LIMITS[stage.__name__]
+        print(f"-- {begun - job.began:.0f} s: {stage.__name__}, at most {limit:.0f} s", flush=True)
         try:
-            stage(job, begun + LIMITS[stage.__name__])
+            stage(job, begun + limit)
         except Exception as error:  # whatever it is, the other stages have their own worth
-            job.failures.append(f"{stage.__name__}: {error}")
+            job.fail(f"{stage.__name__}: {error}")
             with job.log(stage.__name__).open("a") as log:
                 log.write(traceback.format_exc())
         job.results.setdefault("stage_seconds", {})[stage.__name__] = time.monotonic() - begun

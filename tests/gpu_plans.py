@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from executor.calibrate.device_probes import probe_plan
+from executor.calibrate.device_survey import Effort
 from planner.mesh import Mesh
 from planner.model import base_spec, with_sizes
 from planner.plan import Plan, ScheduleRecipe, Training, make_plan
@@ -96,6 +99,20 @@ class Scale:
         first = next(_spread(self.checked))
         for precision in ("tf32", "float16"):
             yield first, precision
+
+    def plans_by_source(self) -> dict[tuple[str, int], list[Plan]]:
+        """Every plan that any stage runs, by what its kernels are compiled for: precision and head size."""
+        cases = [*(replace(case, precision=dtype) for case, dtype in self.checks()), *self.measured, *self.staged]
+        for precision in self.benchmark_precisions:
+            cases += [Case("benchmark", self.benchmark, precision, choices=choices) for choices in (BLOCKED, {})]
+        plans = [case.plan() for case in cases]
+        if self.name == "full":
+            effort = Effort()
+            plans += [probe_plan(probe, precision) for precision, _ in effort.shares for probe in effort.probes]
+        groups: dict[tuple[str, int], list[Plan]] = defaultdict(list)
+        for plan in plans:
+            groups[plan.training.precision, plan.model.head_dim].append(plan)
+        return dict(groups)
 
 
 def _spread(sizes: tuple[int, int, int, int, int, int]) -> Iterator[Case]:

@@ -45,6 +45,9 @@ def prepare(wheels: Path, folder: Path) -> dict[str, str]:
     _prepend(environment, "PYTHONPATH", site, ROOT, ROOT / "tests", *_inherited("PYTHONPATH"))
     _prepend(environment, "PATH", data / "bin", Path(sys.executable).parent, *_inherited("PATH"))
     _prepend(environment, "LD_LIBRARY_PATH", data / "lib", data / "lib/mpich", *_inherited("LD_LIBRARY_PATH"))
+    library = data / "lib/libmpi.so.12"
+    if library.is_file():  # else mpi4py prefers one that belongs to this Python, and its ranks do not know this mpirun
+        environment["MPI4PY_LIBMPI"] = str(library)
     environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
         environment.pop(name, None)

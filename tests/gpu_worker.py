@@ -1,5 +1,6 @@
-"""What `gpu.py` runs on the GPU, in processes of its own: `gpu_worker.py check|measure|step ...`.
+"""What `gpu.py` runs on the GPU, in processes of its own: `gpu_worker.py compile|check|measure|step ...`.
 
+compile CASES      one process: compile the kernels of every plan of CASES
 check CASES OUT    under mpirun: compare every plan of CASES with one rank on the host; a JSON line of each to OUT
 measure CASES OUT  one process: the step time and memory of every one-rank plan of CASES; a JSON line of each to OUT
 step PLAN          one process: print `ready {...}`, then for each line on stdin the seconds of one step
@@ -39,6 +40,15 @@ def note(out: Path, **content: Any) -> None:
     """Append a line."""
     with out.open("a") as file:
         file.write(json.dumps(content) + "\n")
+
+
+def compile_all(cases: Path) -> int:
+    """Launch every kernel of every plan once, on few elements."""
+    device = open_device("cuda")
+    for case in json.loads(cases.read_text()):
+        load_kernels(load_plan(Path(case["plan"])), device)
+    device.synchronise()
+    return 0
 
 
 def check_all(cases: Path, out: Path) -> int:
@@ -112,6 +122,8 @@ def main() -> int:
 
         run_under_mpi(lambda: check_all(Path(paths[0]), Path(paths[1])))
         return 0
+    if what == "compile":
+        return compile_all(Path(paths[0]))
     if what == "measure":
         return measure_all(Path(paths[0]), Path(paths[1]))
     return serve_steps(Path(paths[0]))

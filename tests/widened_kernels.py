@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from emulated_cupy import ndarray
 from emulated_cupy.kernels import reference_table
 
 
@@ -24,7 +25,7 @@ def _widened(function: Any) -> Any:
         wide: dict[int, tuple[Any, Any]] = {}
 
         def widen(value: Any) -> Any:
-            if not (isinstance(value, np.ndarray) and value.dtype.itemsize == 2):
+            if not (isinstance(value, ndarray) and value.dtype.itemsize == 2):
                 return value
             if id(value) not in wide:
                 wide[id(value)] = (value, value.astype(np.float32))

@@ -90,6 +90,7 @@ class _Check:
 
     def wait(self) -> None:
         """Poll until all records have come, so that the time-out applies."""
+        self._guard.record.before_blocking()  # who has not arrived may be waiting for a message of this rank's
         while not self.test():
             time.sleep(0)  # another rank may need this core to arrive
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 from executor.cuda.launch import add_columns, launch, partials_for, walk
 from executor.reference.arrays import Activation, Floats, as_rows
 
-KINDS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
+KINDS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
-def _number_of(kind: Activation) -> int:
-    try:
-        return KINDS[kind]
-    except KeyError:
-        raise ValueError(f"activation {kind!r} is unknown; use gelu, gelu_tanh, relu or silu") from None
+def macros_of(kind: Activation) -> tuple[str]:
+    """The option that tells activation.cuh which function to compile.
+
+    Raises:
+        ValueError: no such function.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"activation {kind!r} is unknown; use gelu, gelu_tanh, relu or silu")
+    return (f"-DACTIVATION={kind.upper()}",)
 
 
 def activation_forward(x: Floats, bias: Floats | None, kind: Activation, out: Floats, derivative: Floats) -> None:
     """See `executor.reference.activation.activation_forward`."""
     rows, width = as_rows(x).shape
-    number = _number_of(kind)
+    macros = macros_of(kind)
     if x.size:
         grid, block = walk(rows, width, x.dtype)
-        arguments = (x, bias, number, out, derivative, rows, width)
-        launch("activation", "activation_forward", x.dtype, grid, block, *arguments)
+        arguments = (x, bias, out, derivative, rows, width)
+        launch("activation", "activation_forward", x.dtype, grid, block, *arguments, macros=macros)
 
 
 def activation_backward(dy: Floats, derivative: Floats, dx: Floats, dbias: Floats | None) -> None:
@@ -32,17 +36,17 @@ def activation_backward(dy: Floats, derivative: Floats, dx: Floats, dbias: Float
         grid, block = walk(rows, width, dy.dtype)
         partials = partials_for(grid, width, dy.dtype, dbias)
         arguments = (dy, derivative, dx, partials, rows, width)
-        launch("activation", "activation_backward", dy.dtype, grid, block, *arguments)
+        launch("activation_backward", "activation_backward", dy.dtype, grid, block, *arguments)
         add_columns(partials, dbias, dy.dtype)
 
 
 def gated_forward(x: Floats, bias: Floats | None, kind: Activation, out: Floats) -> None:
     """See `executor.reference.activation.gated_forward`."""
     rows, width = as_rows(out).shape
-    number = _number_of(kind)
+    macros = macros_of(kind)
     if x.size:
         grid, block = walk(rows, width, x.dtype)
-        launch("activation", "gated_forward", x.dtype, grid, block, x, bias, number, out, rows, width)
+        launch("gated", "gated_forward", x.dtype, grid, block, x, bias, out, rows, width, macros=macros)
 
 
 def gated_backward(
@@ -50,10 +54,10 @@ def gated_backward(
 ) -> None:
     """See `executor.reference.activation.gated_backward`."""
     rows, width = as_rows(dy).shape
-    number = _number_of(kind)
+    macros = macros_of(kind)
     if x.size:
         grid, block = walk(rows, width, x.dtype)
         partials = partials_for(grid, 2 * width, x.dtype, dbias)
-        arguments = (dy, x, bias, number, dx, partials, rows, width)
-        launch("activation", "gated_backward", x.dtype, grid, block, *arguments)
+        arguments = (dy, x, bias, dx, partials, rows, width)
+        launch("gated", "gated_backward", x.dtype, grid, block, *arguments, macros=macros)
         add_columns(partials, dbias, x.dtype)

@@ -58,6 +58,8 @@ def source(name: str) -> str:
 
 
 _HEADERS = {
+    "activation": ("activation.cuh",),
+    "gated": ("activation.cuh",),
     "softmax": ("attention.cuh",),
     "flash_forward": ("attention.cuh", "mma.cuh"),
     "flash_backward": ("attention.cuh", "mma.cuh"),

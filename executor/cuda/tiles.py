@@ -113,16 +113,6 @@ def tile_rows(batch: int, heads: int, queries: int, keys: int, dtype: np.dtype[A
     return max(1, min(queries, rows - rows % _GRANULE if rows > _GRANULE else rows))
 
 
-def scratch_bytes(
-    batch: int, heads: int, kv_heads: int, queries: int, keys: int, head_dim: int, dtype: np.dtype[Any], limited: bool
-) -> int:
-    """Upper bound of the memory that one backward pass of attention takes beside its arguments and results."""
-    wide = arithmetic(dtype).itemsize
-    tile = 2 * (wide + dtype.itemsize) * batch * heads * keys * tile_rows(batch, heads, queries, keys, dtype, limited)
-    gradients = 0 if dtype.itemsize == wide else 2 * wide * keys * batch * kv_heads * head_dim
-    return tile + gradients + 2 * wide * batch * heads * queries
-
-
 def tile(batch: int, heads: int, span: Span, dtype: np.dtype[Any]) -> Any:
     """Uninitialised scores [batch, heads, queries, keys] of a tile."""
     return cupy.empty((batch, heads, span.last - span.first, span.stop - span.start), dtype)

@@ -20,6 +20,7 @@ import numpy as np
 HERE = Path(__file__).parent
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
 ORDERS = ("ascending", "descending", "scattered")
+DEFAULT_SHARED_BYTES = 48 << 10  # beyond, a kernel's attribute has to be set (CUDA C++ programming guide, 9.0)
 COMPILER = "g++"
 FLAGS = (
     "-std=c++20",
@@ -127,6 +128,7 @@ class EmulatedKernel:
 
     def __init__(self, name: str, library: Any) -> None:
         self.name = name
+        self.max_dynamic_shared_size_bytes = DEFAULT_SHARED_BYTES
         self._launch = getattr(library, f"launch_{name}")
         self._launch.restype = ctypes.c_char_p
         signature = getattr(library, f"signature_{name}")
@@ -139,8 +141,16 @@ class EmulatedKernel:
         """Run every thread of every block; return when all have ended.
 
         Raises:
+            TypeError: a grid or a block that is no tuple, as CuPy has it.
             LaunchError: wrong number or types of arguments, or a launch that a GPU leaves undefined.
         """
+        if not (type(grid) is tuple and type(block) is tuple):
+            raise TypeError(f"{self.name}: grid and block are tuples, not {grid!r} and {block!r}")
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise LaunchError(
+                f"{self.name}: {shared_mem} bytes of shared memory, where max_dynamic_shared_size_bytes is "
+                f"{self.max_dynamic_shared_size_bytes}"
+            )
         if len(args) != len(self.signature):
             raise LaunchError(f"{self.name} takes {len(self.signature)} arguments, {len(args)} given")
         cells = [self._cell(*pair) for pair in zip(self.signature, args, strict=True)]

@@ -2,7 +2,8 @@
 
 This is no backend and is never offered to users: it is slow, and what it is for is to refuse. It refuses
 
-* arrays of host and device in one call, in either direction, as CuPy does (`arrays`);
+* arrays of host and device in one call, in either direction, as CuPy does, and every function of NumPy, method and
+  attribute that CuPy has not or the executor has no need of (`arrays`);
 * a stream that touches memory which the compute stream used after the last event that the stream waited for, and a
   compute stream that touches what another stream writes without having waited for it (`streams`);
 * more memory than it was given (`memory.set_limit`).
@@ -16,21 +17,21 @@ threads.
 
 from __future__ import annotations
 
-import numpy as np
-
 from emulated_cupy import cuda, memory
-from emulated_cupy.arrays import MixedArraysError, asarray, asnumpy, empty, empty_like, ndarray, zeros
+from emulated_cupy.arrays import (
+    MixedArraysError,
+    asarray,
+    asnumpy,
+    broadcast_to,
+    empty,
+    empty_like,
+    may_share_memory,
+    ndarray,
+    zeros,
+)
 from emulated_cupy.cuda import nccl as _nccl  # noqa: F401 - as `import cupy.cuda.nccl` leaves it
 from emulated_cupy.memory import get_default_memory_pool
 from emulated_cupy.streams import RaceError
-
-may_share_memory = np.may_share_memory
-
-
-def broadcast_to(x, shape):
-    """A view with strides of 0."""
-    return np.broadcast_to(x, shape, subok=True)
-
 
 __all__ = [
     "MixedArraysError",

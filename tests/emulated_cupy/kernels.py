@@ -59,13 +59,24 @@ class Traced:
         self._module = module
 
     def get_function(self, name):
-        kernel = self._module.get_function(name)
+        return TracedKernel(self._module.get_function(name))
 
-        def launch(grid, block, args, **options):
-            require_device(name, args, {})
-            touch(list(leaves(args)))
-            kernel(grid, block, tuple(plain(each) for each in args), **options)
 
-        launch.attributes = getattr(kernel, "attributes", None)
+class TracedKernel:
+    """One of them."""
 
-        return launch
+    def __init__(self, kernel):
+        self._kernel = kernel
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self._kernel.max_dynamic_shared_size_bytes
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, nbytes):
+        self._kernel.max_dynamic_shared_size_bytes = nbytes
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        require_device(self._kernel.name, args, {})
+        touch(list(leaves(args)))
+        self._kernel(grid, block, tuple(plain(each) for each in args), shared_mem=shared_mem)

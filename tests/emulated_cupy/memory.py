@@ -61,7 +61,7 @@ def set_limit(nbytes):
 
 def poison(array):
     """Fill an array's memory with the pattern."""
-    np.ndarray.view(array, np.ndarray).reshape(-1).view(np.uint8)[...] = POISON
+    array._array.reshape(-1).view(np.uint8)[...] = POISON
 
 
 class _Pool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import emulated_cupy
@@ -13,6 +15,7 @@ import msgspec
 import pytest
 import small_survey
 import widened_kernels
+from gpu_processes import prepare
 
 import executor.measure
 from executor.calibrate.carried import time_direct
@@ -300,7 +303,7 @@ def test_make_gpu_runs_every_stage_and_says_what_was_not_reached(tmp_path) -> No
     )
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert not results["failures"], done.stdout + done.stderr
-    assert set(results["stage_seconds"]) == {"check", "profile", "measured", "torch", "staged"}
+    assert set(results["stage_seconds"]) == {"kernels", "check", "profile", "measured", "torch", "staged"}
     rows = {row["what"]: row for row in results["rows"]}
     assert rows["check float32: largest gradient difference"]["met"]
     assert rows["check: plans that failed in any precision"]["met"]
@@ -312,6 +315,22 @@ def test_make_gpu_runs_every_stage_and_says_what_was_not_reached(tmp_path) -> No
     if "eager" not in results["torch"]["bfloat16"]["seconds"]:
         assert rows["bfloat16 step over PyTorch eager"]["note"] == "not measured"
         assert done.returncode == 1  # a goal that nothing was measured for is not met
+
+
+def test_ranks_load_the_mpi_that_was_carried(tmp_path, monkeypatch) -> None:
+    """Whichever MPI the machine's own Python has: mpirun and library must be one."""
+    carried = tmp_path / "wheels"
+    carried.mkdir()
+    with zipfile.ZipFile(carried / "mpich-5-py3-none-any.whl", "w") as wheel:
+        for name in ("bin/mpirun", "lib/libmpi.so.12"):
+            wheel.writestr(f"mpich-5.data/data/{name}", "")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for wheels, chosen in ((carried, True), (tmp_path / "none", False)):
+        work = tmp_path / str(chosen)
+        environment = prepare(wheels, work)
+        data = work / "site/mpich-5.data/data"
+        assert (environment.get("MPI4PY_LIBMPI") == str(data / "lib/libmpi.so.12")) == chosen
+        assert (shutil.which("mpirun", path=environment["PATH"]) == str(data / "bin/mpirun")) == chosen
 
 
 def test_make_gpu_without_a_gpu_is_one_line_and_status_2(tmp_path) -> None:

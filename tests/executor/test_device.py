@@ -87,6 +87,13 @@ def test_every_layout_on_gpus_equals_one_rank_on_the_host(candidate, transport, 
     assert report.limit == 1e-12
 
 
+def test_staged_messages_leave_before_the_host_waits_for_fingerprints(gpus, monkeypatch):
+    """A rank that waits for its peer's record, with the message that the peer waits for still on its way out."""
+    candidate = prepare("staged", PLANS[12], gpus, monkeypatch)
+    monkeypatch.setattr(streams, "EAGERNESS", 100)  # copies out seldom end before the host waits for them
+    assert check_on_devices(candidate, paranoid=True, paranoid_timeout_seconds=5.0).passed
+
+
 CUDA_PLANS = [PLANS[i] for i in (2, 3, 7, 9, 10, 14)]
 
 

@@ -10,7 +10,7 @@ import emulated_cupy
 import numpy as np
 import pytest
 from device_runs import connect, guard_host, on, run_on_devices, runtime_on
-from emulated_cupy import memory, streams
+from emulated_cupy import arrays, memory, streams
 from equivalence_plans import model, plan
 
 from executor.comm import ALGORITHMS
@@ -281,6 +281,7 @@ def test_no_host_memory_error_is_dressed_as_the_devices(tmp_path):
 
 
 USED = [
+    *(f"ndarray.{name}" for name in vars(emulated_cupy.ndarray) if name[0] != "_" and name != "allocation"),
     "asarray", "asnumpy", "empty", "empty_like", "zeros", "may_share_memory", "broadcast_to", "ndarray.get",
     "ndarray.set", "RawModule", "get_default_memory_pool", "cuda.Device.use", "cuda.Device.synchronize",
     "cuda.Device.pci_bus_id",
@@ -301,5 +302,6 @@ USED = [
 def test_the_calls_made_exist_in_cupy_and_in_its_emulation(library):
     module = pytest.importorskip(library)
     importlib.import_module(f"{library}.cuda.nccl")
-    for name in USED:
+    by_protocol = [*arrays.FUNCTIONS, *arrays.UFUNCS] if library == "cupy" else []  # NumPy calls them
+    for name in (*USED, *by_protocol):
         assert functools.reduce(getattr, name.split("."), module) is not None, name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from emulated_cupy import memory
 from emulated_cupy.streams import Event, Stream, current_stream, get_elapsed_time
 
@@ -22,8 +20,8 @@ get_current_stream = current_stream
 
 
 def alloc_pinned_memory(size):
-    """Host memory."""
-    return np.zeros(size, np.uint8)
+    """Host memory: CuPy's pointer is no array, but shows its bytes, signed ones, as a buffer."""
+    return memoryview(bytearray(size)).cast("b")
 
 
 class Device:
