@@ -43,7 +43,7 @@ test: $(VENV)/.test $(OPENMPI)/.test
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m 'not mpi' --numprocesses auto
+	OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -m 'not mpi' --numprocesses auto  # a worker per core, and no thread that spins
 	$(BIN)/pytest -m mpi  # ranks take every core, some tests time them
 
 bench: $(VENV)/.test

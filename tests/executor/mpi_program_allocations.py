@@ -15,7 +15,7 @@ from planner.mesh import Mesh
 from planner.model import base_spec, with_sizes
 from planner.plan import Training, make_plan
 
-BATCH = 8
+MICRO_BATCH_SIZE = 2
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "sequence parallel": {"tp": 2, "sequence_parallel": True},
     "ring": {"cp": 2, "cp_kind": "ring"},
@@ -38,8 +38,11 @@ def least_growth(comm: Communicator, choices: dict[str, Any]) -> tuple[int, int]
     mesh = Mesh(**{axis: choices.pop(axis) for axis in ("pp", "dp", "cp", "tp") if axis in choices})
     model = with_sizes(base_spec(), layers=2, hidden=256, heads=4, seq_len=256)
     training = Training(dropout=0.1, optimizer="adamw", clip_norm=1.0)
-    plan = make_plan(model, mesh, global_batch_size=BATCH, micro_batch_size=2, training=training, **choices)
-    runtime = Runtime(plan, comm, Batches("synthetic", model, BATCH, 1))
+    batch = 2 * MICRO_BATCH_SIZE * mesh.dp  # a first micro-batch and a later one on every replica
+    plan = make_plan(
+        model, mesh, global_batch_size=batch, micro_batch_size=MICRO_BATCH_SIZE, training=training, **choices
+    )
+    runtime = Runtime(plan, comm, Batches("synthetic", model, batch, 1))
     runtime.record = False
     for step in range(2):
         runtime.run_step(step)

@@ -1,4 +1,7 @@
-"""What must hold of the communicator whatever carries it: run by test_comm on threads, and by mpirun on processes."""
+"""What must hold of the communicator whatever carries it: run by test_comm on threads, and by mpirun on processes.
+
+The arguments are modes, a communicator for each; a check that fails is in the traceback, the mode in a note below it.
+"""
 
 import sys
 import time
@@ -310,16 +313,24 @@ def check_clocks(comm):
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
+MODES = {"eager": {}, "synchronous": {"synchronous_sends": True}, "paranoid": {"paranoid": True}}
+
+
 def main():
-    """Run every check on one MPI rank."""
+    """Run every check on one MPI rank, in every mode asked for."""
     from executor.comm.mpi import mpi_communicator
 
-    comm = mpi_communicator(synchronous_sends="synchronous" in sys.argv, paranoid="paranoid" in sys.argv)
-    for check in CHECKS:
-        check(comm)
-    comm.world.barrier()
-    if comm.rank == 0:
-        print(f"passed {len(CHECKS)} checks on {comm.size} ranks")
+    for mode in sys.argv[1:]:
+        comm = mpi_communicator(**MODES[mode])
+        for check in CHECKS:
+            try:
+                check(comm)
+            except Exception as error:
+                error.add_note(f"in mode {mode}")
+                raise
+        comm.world.barrier()
+        if comm.rank == 0:
+            print(f"{mode}: passed {len(CHECKS)} checks on {comm.size} ranks")
 
 
 if __name__ == "__main__":

@@ -12,28 +12,29 @@ from hypothesis import strategies as st
 
 from executor.comm import ALGORITHMS, CommunicationError, hash_replicated
 from executor.comm.loopback import run_loopback
+from planner import admissible
 from planner.errors import PlanError
 
 
 @pytest.mark.parametrize("check", mpi_program_comm.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-@pytest.mark.parametrize("mode", ["eager", "synchronous", "paranoid"])
+@pytest.mark.parametrize("mode", mpi_program_comm.MODES)
 def test_on_threads(check, size, mode):
-    run_loopback(size, check, synchronous_sends=mode == "synchronous", paranoid=mode == "paranoid")
+    run_loopback(size, check, **mpi_program_comm.MODES[mode])
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("mode", ["eager", "synchronous", "paranoid"])
-def test_over_mpi(launch, mode):
-    done = launch(4, "mpi_program_comm.py", mode)
-    assert done.returncode == 0, done.stderr
-    assert f"passed {len(mpi_program_comm.CHECKS)} checks on 4 ranks" in done.stdout
+def test_over_mpi(launch):
+    done = launch(4, "mpi_program_comm.py", *mpi_program_comm.MODES, timeout_seconds=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = f"passed {len(mpi_program_comm.CHECKS)} checks on 4 ranks"
+    assert done.stdout.splitlines() == [f"{mode}: {passed}" for mode in mpi_program_comm.MODES]
 
 
 @pytest.mark.mpi
 def test_over_mpi_on_one_rank_without_mpirun():
     done = subprocess.run(
-        [sys.executable, mpi_program_comm.__file__], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, mpi_program_comm.__file__, "eager"], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "on 1 ranks" in done.stdout
@@ -82,6 +83,10 @@ def run_mesh_step(comm, groups, step, number):
     expected = np.repeat(group.rank * 100 + np.arange(group.size), sizes[:, group.rank]).astype(np.float64)
     incoming = np.empty_like(expected)
     return call(outgoing, incoming, sizes[group.rank], sizes[:, group.rank], **options), incoming, expected
+
+
+def test_plans_may_name_the_algorithms_that_there_are():
+    assert admissible.ALGORITHMS == ALGORITHMS
 
 
 @settings(max_examples=60, deadline=None)

@@ -33,7 +33,11 @@ def written(tmp_path, name, transport):
     return path
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    ("launch", "name"),
+    [("installed", "tensor"), ("installed", "pipeline"), ("openmpi", "pipeline")],
+    indirect=["launch"],
+)
 def test_check_on_ranks_that_share_a_gpu(launch, tmp_path, name):
     done = launch(2, PROGRAM, "check", written(tmp_path, name, "staged"), "--device", "cuda", "--json")
     assert done.returncode == 0, done.stderr

@@ -195,7 +195,7 @@ def test_a_float16_run_records_scales_and_skipped_steps(launch, tmp_path):
 
 
 @pytest.mark.mpi
-def test_a_bfloat16_run_and_check(launch, tmp_path):
+def test_a_bfloat16_run(launch, tmp_path):
     file = planned(tmp_path / "plan.json", "bfloat16", dp=2, zero_stage=1, batch=4)
     output = tmp_path / "measured.json"
     done = launch(2, PROGRAM, "run", file, "--steps", 2, "--warmup", 1, "-o", output, "--paranoid")
@@ -203,6 +203,12 @@ def test_a_bfloat16_run_and_check(launch, tmp_path):
     measured = load_measurement(output)
     assert measured.loss_scales == [] and measured.skipped_steps == []
     assert measured.losses[0] == pytest.approx(5.56, abs=0.1)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("launch", ["installed"], indirect=True)
+def test_check_in_bfloat16_and_in_float32(launch, tmp_path):
+    file = planned(tmp_path / "plan.json", "bfloat16", dp=2, zero_stage=1, batch=4)
     checked = launch(2, PROGRAM, "check", file)
     assert checked.returncode == 0, checked.stderr
     assert checked.stdout.startswith("passed:") and "limit 0.02 in bfloat16" in checked.stdout
@@ -211,6 +217,7 @@ def test_a_bfloat16_run_and_check(launch, tmp_path):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("launch", ["installed"], indirect=True)
 def test_overflow_beyond_the_scaler_is_one_message_and_exit_2(launch, tmp_path):
     """A learning rate of a million makes parameters that overflow in every later forward pass."""
     file = planned(tmp_path / "plan.json", "float16", {"learning_rate": 1e6, "clip_norm": None}, dp=2, batch=4)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from planner import launch
-from planner.errors import MachineError
+from planner.errors import DataError, MachineError
 from planner.launch import Launcher, find_launcher, launch_command, launch_environment, parse_hosts
 
 PROGRAM = ["executor", "run", "plan.json"]
@@ -113,6 +113,12 @@ def test_hosts_that_are_none(text: str, message: str) -> None:
         parse_hosts(text)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and cannot be read")
+def test_a_hosts_file_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(DataError, match=r"cannot read hosts file /proc/self/mem: .*; name a readable file"):
+        parse_hosts("/proc/self/mem")
+
+
 def test_threads_are_set_for_every_library() -> None:
     environment = launch_environment(3, {"PATH": "/bin", "OMP_NUM_THREADS": "64"})
     assert environment["PATH"] == "/bin"
@@ -191,15 +197,25 @@ def _wait(condition: object, seconds: float) -> bool:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_no_rank_outlives_an_interrupted_run(tmp_path: Path, which: signal.Signals) -> None:
-    """Ranks that ignore every polite signal, three of them on one core, are gone 5 s after Ctrl-C."""
-    starter = subprocess.Popen([sys.executable, "-c", STARTER, STUBBORN, str(tmp_path)])
+def test_no_rank_outlives_an_interrupted_run(tmp_path: Path) -> None:
+    """Ranks that ignore every polite signal, three of them on one core, are gone 5 s after Ctrl-C.
+
+    A run for each signal, at the same time: they spend it waiting. Their folders name them.
+    """
+    starters: dict[signal.Signals, subprocess.Popen[bytes]] = {}
     try:
-        assert _wait(lambda: len(list(tmp_path.iterdir())) == 3, 30)
-        starter.send_signal(which)
-        assert starter.wait(timeout=5) == launch.INTERRUPTED
-        ranks = [int(path.name) for path in tmp_path.iterdir()]
-        assert _wait(lambda: not any(map(launch._alive, ranks)), 1)
+        for which in (signal.SIGINT, signal.SIGTERM):
+            folder = tmp_path / which.name
+            folder.mkdir()
+            starters[which] = subprocess.Popen([sys.executable, "-c", STARTER, STUBBORN, str(folder)])
+        assert _wait(lambda: len(list(tmp_path.glob("*/*"))) == 6, 30), list(tmp_path.glob("*/*"))
+        deadline = time.monotonic() + 5
+        for which, starter in starters.items():
+            starter.send_signal(which)
+        for which, starter in starters.items():
+            assert starter.wait(timeout=max(0.0, deadline - time.monotonic())) == launch.INTERRUPTED, which
+        ranks = {path: int(path.name) for path in tmp_path.glob("*/*")}
+        assert _wait(lambda: not any(map(launch._alive, ranks.values())), 1), ranks
     finally:
-        starter.kill()
+        for starter in starters.values():
+            starter.kill()
