@@ -152,7 +152,8 @@ class ScheduleOptions:
 
     name: str = argument(
         "gpipe, 1f1b, interleaved, looped-bfs, zb-h1, zb-h2, zb-1p, zb-2p, interleaved-zb, zb-v, v-half, v-min, "
-        "dualpipe-v, or a CSV file for a custom one.",
+        "dualpipe-v; custom for the shortest order of F, I and W under the durations and memory limit, solved to the "
+        "proven optimum where small; or a CSV file for one's own.",
         "NAME",
     )
     stages: int | None = option("Pipeline stages; as many as ranks, times the chunks of the schedule, when left out.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Group
@@ -13,8 +13,9 @@ from planner.cli.frame import Answer, say
 from planner.compare import compare
 from planner.documents import Document, is_prediction, load_document, load_record
 from planner.errors import DataError, ScheduleError
+from planner.files import write_whole
 from planner.machine import user_profile_path
-from planner.plan import Plan, write_whole
+from planner.plan import Plan
 from planner.report.comparison import comparison_document, comparison_view
 from planner.report.figure import timeline_svg
 from planner.report.lists import (
@@ -33,6 +34,9 @@ from planner.report.timeline import RecordTimelines
 from planner.resolve import parse_durations, read_text
 from planner.schedule import NAMES, Schedule, check, from_csv, generate, model_chunks, to_csv
 from planner.simulate import replay_schedule
+
+if TYPE_CHECKING:
+    from planner.schedule.solve import Solution
 
 
 def show_files(options: ShowOptions) -> Answer:
@@ -90,13 +94,39 @@ def compare_files(options: CompareOptions) -> Answer:
 
 
 def show_schedule(options: ScheduleOptions) -> Answer:
-    """Generate or read one schedule, check and replay it."""
-    schedule = _schedule(options)
+    """Generate, solve for or read one schedule, check and replay it."""
+    bound_seconds = None
+    if options.name == "custom":
+        schedule, _, bound_seconds = _solved(options)
+    else:
+        schedule = _schedule(options)
     replay = replay_schedule(schedule, parse_durations(options.durations))
     return Answer(
-        lambda: schedule_document(replay),
-        lambda: to_csv(schedule).rstrip("\n") if options.csv else schedule_view(replay),
+        lambda: schedule_document(replay, bound_seconds),
+        lambda: to_csv(schedule).rstrip("\n") if options.csv else schedule_view(replay, bound_seconds),
     )
+
+
+def _solved(options: ScheduleOptions) -> Solution:
+    """The shortest order of one stage per rank; without a limit every activation may be held."""
+    from planner.schedule.solve import solve  # noqa: PLC0415 - scipy takes a third of a second to load
+
+    ranks, chunks = _ranks_and_chunks(options)
+    if chunks > 1:
+        raise ScheduleError(
+            f"--stages {ranks * chunks} on {ranks} ranks; a custom order has one stage a rank: give equal numbers"
+        )
+    count = _micro_batches(options)
+    limit = float(count) if options.memory_limit is None else options.memory_limit
+    return solve(ranks, count, parse_durations(options.durations), limit)
+
+
+def _micro_batches(options: ScheduleOptions) -> int:
+    if options.micro_batches is None:
+        raise ScheduleError("--micro-batches is missing; say how many micro-batches a step has")
+    if options.micro_batches < 1:
+        raise ScheduleError(f"num_micro_batches is {options.micro_batches}; give at least 1")
+    return options.micro_batches
 
 
 def _schedule(options: ScheduleOptions) -> Schedule:
@@ -106,13 +136,12 @@ def _schedule(options: ScheduleOptions) -> Schedule:
         forward_only = all(part.op == "F" for _, _, step in schedule.instructions() for part in step.flat())
         check(schedule, forward_only=forward_only, memory_limit=options.memory_limit)
         return schedule
-    if options.micro_batches is None:
-        raise ScheduleError("--micro-batches is missing; say how many micro-batches a step has")
+    count = _micro_batches(options)
     ranks, chunks = _ranks_and_chunks(options)
     return generate(
         name,
         num_ranks=ranks,
-        num_micro_batches=options.micro_batches,
+        num_micro_batches=count,
         num_model_chunks=chunks,
         durations=parse_durations(options.durations),
         memory_limit=options.memory_limit,
@@ -121,7 +150,7 @@ def _schedule(options: ScheduleOptions) -> Schedule:
 
 def _ranks_and_chunks(options: ScheduleOptions) -> tuple[int, int]:
     """Return the ranks and model chunks that `--stages` and `--ranks` mean; one of them may be left out."""
-    usual = model_chunks(options.name)
+    usual = 1 if options.name == "custom" else model_chunks(options.name)
     for what, value in (("stages", options.stages), ("ranks", options.ranks)):
         if value is not None and value < 1:
             raise ScheduleError(f"--{what} {value} is too few; use at least 1")

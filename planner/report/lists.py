@@ -16,6 +16,9 @@ from planner.report.timeline import ScheduleTimeline
 from planner.report.units import bytes_text, count_text, flops_text, percent_text, seconds_text
 from planner.simulate import ScheduleReplay
 
+PATH_ENDS = 10
+"""Instructions shown of either end of a critical path."""
+
 
 def models_document() -> list[dict[str, Any]]:
     """Return the models known by name as JSON."""
@@ -117,8 +120,13 @@ def machines_view(own: str | None) -> RenderableType:
     return Group(table, Text("--json adds where the figures come from", style="dim"))
 
 
-def schedule_document(replay: ScheduleReplay) -> dict[str, Any]:
-    """Return a replayed schedule as JSON: the contract of `planner schedule --json`."""
+def schedule_document(replay: ScheduleReplay, bound_seconds: float | None = None) -> dict[str, Any]:
+    """Return a replayed schedule as JSON: the contract of `planner schedule --json`.
+
+    Args:
+        replay: The schedule in time.
+        bound_seconds: What no order undercuts, of one that was solved for.
+    """
     return {
         "name": replay.schedule.name,
         "programs": [[str(step) for step in program] for program in replay.schedule.programs],
@@ -128,10 +136,12 @@ def schedule_document(replay: ScheduleReplay) -> dict[str, Any]:
         "span_bubble_ratio": replay.span_bubble_ratio,
         "peak_in_flight": replay.peak_in_flight,
         "peak_until_w": replay.peak_until_w,
+        "critical_path": [[rank, str(step)] for rank, step in replay.critical_path()],
+        **({} if bound_seconds is None else {"bound_seconds": bound_seconds}),
     }
 
 
-def schedule_view(replay: ScheduleReplay) -> RenderableType:
+def schedule_view(replay: ScheduleReplay, bound_seconds: float | None = None) -> RenderableType:
     """Return the timeline of a schedule and its figures."""
     schedule = replay.schedule
     title = (
@@ -139,10 +149,27 @@ def schedule_view(replay: ScheduleReplay) -> RenderableType:
         f"{schedule.num_micro_batches} micro-batches"
     )
     figures = new_table(header=False)
-    figures.add_row("makespan", f"{replay.makespan_seconds:g}")
+    figures.add_row("makespan", f"{replay.makespan_seconds:g}{_proof(replay.makespan_seconds, bound_seconds)}")
     figures.add_row("bubble fraction", f"{percent_text(replay.bubble_fraction)} of all rank time")
     figures.add_row("bubble ratio", f"{percent_text(replay.bubble_ratio)} of the ideal time")
     figures.add_row("span bubble ratio", percent_text(replay.span_bubble_ratio))
     figures.add_row("activations at once, until B or I", ", ".join(map(str, replay.peak_in_flight)))
     figures.add_row("activations at once, until B or W", ", ".join(map(str, replay.peak_until_w)))
+    figures.add_row("critical path", _path_text([str(step) for _, step in replay.critical_path()]))
     return Group(Text(title, style="bold"), ScheduleTimeline(replay), Text(), figures)
+
+
+def _proof(seconds: float, bound_seconds: float | None) -> str:
+    """How good an order is that was solved for."""
+    if bound_seconds is None:
+        return ""
+    if seconds <= bound_seconds * (1 + 1e-5):
+        return ", the proven optimum"
+    return f", at most {percent_text(seconds / bound_seconds - 1)} above the optimum"
+
+
+def _path_text(names: list[str]) -> str:
+    """The instructions that set the makespan, the middle of a long path left out."""
+    if len(names) > 2 * PATH_ENDS:
+        names = [*names[:PATH_ENDS], f"… {len(names) - 2 * PATH_ENDS} more …", *names[-PATH_ENDS:]]
+    return " ".join(names)

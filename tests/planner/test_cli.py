@@ -119,6 +119,8 @@ PLAN_KEYS = {
 
 def test_suggest_writes_the_winner_and_keeps_its_contract(planner: Any) -> None:
     found = json.loads(planner("suggest", "--workers", "4", *SMALL, "--top", "3", "--json"))
+    planner("suggest", "--workers", "2", *SMALL, "-o", "made/here")
+    assert {path.name for path in Path("made/here").iterdir()} == {"plan.json", "predicted.json"}
     assert {"candidates", "feasible", "seconds", "plans", "rejected"} <= found.keys()
     assert found["candidates"] >= found["feasible"] >= len(found["plans"]) == 3
     for rank, plan in enumerate(found["plans"], 1):
@@ -208,6 +210,32 @@ def test_schedules_that_depend_on_durations_are_stored_whole(name: str, planner:
     counts = len(plan.micro_batches(0)) * plan.schedule.num_model_chunks
     assert [len([cell for cell in row if "F" in cell]) for row in rows] == [counts, counts]
     planner("predict", "plan.json", "--json")
+
+
+def test_the_best_order_under_a_memory_limit_is_solved_for_and_planned_with(planner: Any) -> None:
+    asked = ["schedule", "custom", "--ranks", "2", "--micro-batches", "4", "--durations", "F=1,I=1.1,W=0.6,comm=0.1"]
+    found = {limit: json.loads(planner(*asked, "--memory-limit", str(limit), "--json")) for limit in (1, 2, 4)}
+    assert found[1]["makespan"] > found[2]["makespan"] >= found[4]["makespan"]
+    for limit, each in found.items():
+        assert max(each["peak_until_w"]) <= limit
+        assert each["bound_seconds"] == pytest.approx(each["makespan"], rel=1e-4)
+        path = [[rank, step] for rank, step in each["critical_path"]]
+        assert all(step in each["programs"][rank] for rank, step in path)
+        assert path[0] == [0, "0F0"]
+    assert "the proven optimum" in planner(*asked)
+    best = json.loads(planner("schedule", "zb-1p", *asked[2:], "--memory-limit", "2", "--json"))
+    assert found[2]["makespan"] <= best["makespan"]
+    assert "bound_seconds" not in best
+    Path("best.csv").write_text(planner(*asked, "--memory-limit", "2", "--csv"))
+    planner(
+        "plan",
+        *SMALL,
+        *["--pp", "2", "--global-batch-size", "4", "--micro-batch-size", "1"],
+        "--schedule",
+        "custom",
+        *("--schedule-csv", "best.csv"),
+    )
+    assert list(csv.reader(load_plan(Path("plan.json")).schedule.programs or ())) == found[2]["programs"]
 
 
 def test_a_schedule_of_ones_own(planner: Any) -> None:
@@ -386,7 +414,7 @@ def test_models_and_machines_are_listed(planner: Any) -> None:
         ("suggest --workers 2 --fix tp=0", "--fix tp=0 is out of range; use an integer of at least 1"),
         ("suggest --workers 2 --fix zero=x", "--fix zero=x is out of range; use 0, 1, 2 or 3"),
         ("suggest --workers 2 --memory-limit 80", "--memory-limit '80' is not a positive size with a unit"),
-        ("suggest --workers 2 -o nowhere", "-o nowhere is no folder"),
+        ("suggest --workers 2 -o /dev/null", "-o /dev/null cannot be a folder"),
         ("predict nothing.json", "cannot read plan file nothing.json"),
         ("show nothing.json", "cannot read nothing.json"),
         ("show", "planner show needs a plan, prediction or measurement file, or --algebra"),
@@ -398,6 +426,12 @@ def test_models_and_machines_are_listed(planner: Any) -> None:
         ("schedule 1f1b --micro-batches 2", "--stages and --ranks are both missing"),
         ("schedule 1f1b --ranks 2 --micro-batches 2 --durations F=x", "--durations F=x has the entry 'F=x'"),
         ("schedule gpipe --ranks 2 --micro-batches 4 --memory-limit 2", "more than the limit of 2"),
+        ("schedule 1f1b --ranks 2 --micro-batches 2 --durations F=1e308", "F=1e308 is out of range; give 0, or 1e-15"),
+        ("schedule 1f1b --ranks 2 --micro-batches 2 --durations F=1e-320", "F=1e-320 is out of range; give 0, or"),
+        ("sweep --workers 1..999999999999", "999999999999 ranks exceed the 1048576 that can be planned for; use fewer"),
+        ("plan -o .", "cannot write .: it is a folder; name a file with -o"),
+        (f"schedule {'x' * 300} --ranks 2 --micro-batches 2", "File name too long; give a shorter name"),
+        (f"plan --machine {'x' * 300}", "neither a shipped profile nor a readable file"),
         ("plan --nonsense", "No such option: --nonsense"),
         ("plan --dp two", "'planner plan --help' lists what it takes"),
         ("nonsense", "No such command 'nonsense'"),
@@ -438,6 +472,33 @@ def test_a_record_whose_plan_was_edited_is_refused(planner: Any, refuse: Any) ->
     text = Path("predicted.json").read_text(encoding="utf-8")
     Path("edited.json").write_text(text.replace('"seed": 0', '"seed": 1'), encoding="utf-8")
     assert "it was edited" in refuse("show", "edited.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"operators": {"0.layer.qkv.forward": {"seconds": [], "count": 1}}},
+            "operators.0.layer.qkv.forward.seconds is",
+        ),
+        ({"rank_classes": [[0, 0]]}, "rank_classes do not name each of the 1 ranks once"),
+        ({"rank_seconds": [1.0, 2.0]}, "rank_seconds is not 1 figures of at least 0"),
+        ({"peak_parts": {"parameters": [1]}}, "peak_parts has parameters and not parameters, gradients"),
+        ({"step_seconds": 0.0}, "step_seconds=0.0 is no length of a step"),
+        ({"trace": [[7, "compute", "0.layer.qkv.forward", 0.0, 1.0, "work"]]}, "span 0.layer.qkv.forward of rank 7"),
+        ({"trace": [[0, "compute", "0.layer.qkv.forward", 1e308, 1e308, "work"]]}, "rank 0, 1e+308 to 1e+308, is none"),
+    ],
+)
+def test_a_record_whose_figures_do_not_fit_is_refused(
+    planner: Any, refuse: Any, change: dict[str, Any], message: str
+) -> None:
+    planner("plan", *SMALL)
+    planner("predict", "plan.json")
+    whole = json.loads(Path("predicted.json").read_text(encoding="utf-8"))
+    Path("odd.json").write_text(json.dumps(whole | change), encoding="utf-8")
+    for line in ("show odd.json", "compare predicted.json odd.json"):
+        told = refuse(line)
+        assert message in told and told.endswith("; write it again from its plan")
 
 
 def test_our_own_mistakes_exit_with_status_one(
