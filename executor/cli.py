@@ -87,7 +87,7 @@ def _peek_threads(plan_file: Path) -> int:
     """Threads per rank of a plan, 1 where the file does not say; whether it is a plan is judged later."""
     try:
         threads = json.loads(plan_file.read_bytes())["training"]["threads_per_rank"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 1
     return threads if isinstance(threads, int) and threads > 0 else 1
 

@@ -231,4 +231,5 @@ def require_writable(comm: Communicator, output: Path) -> None:
     folder = output.parent
     possible = not output.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
     if not comm.world.gather_words(possible)[0]:
-        raise DataError(f"cannot write {output}: {folder} is no writable folder; choose another file with -o")
+        reason = "it is a folder" if output.is_dir() else f"{folder} is no writable folder"
+        raise DataError(f"cannot write {output}: {reason}; choose another file with -o")

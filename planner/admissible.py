@@ -20,6 +20,18 @@ from planner.graph import Operator, build_graph, operators, split_unit
 from planner.layout import AXES, Collective, Layout, Shard, Signature, redistribution, signatures
 from planner.model import ModelSpec
 
+ALGORITHMS = {
+    "all_reduce": ("native", "ring", "reduce_scatter_all_gather", "root"),
+    "all_gather": ("native", "ring", "direct"),
+    "reduce_scatter": ("native", "ring", "pairwise", "all_to_all", "all_reduce"),
+    "all_to_all": ("native", "pairwise"),
+    "broadcast": ("native", "linear", "scatter_all_gather"),
+}
+"""What a plan may name as the algorithm of a collective: the library's own (native), or one that the executor has."""
+
+COLLECTIVE_AXES = ("tp", "cp", "dp", "data", "pp", "tie", "world")
+"""Groups that collectives run in: the mesh axes, dp × cp, the two ends that share a tied weight, all ranks."""
+
 ContextKind = Literal["allgather", "ring", "ulysses"]
 
 ATTENTION_ON_CP: dict[ContextKind, str] = {"allgather": "allgather", "ring": "ring", "ulysses": "heads"}
@@ -195,6 +207,26 @@ def _check_edges(model: ModelSpec, axis: str, chosen: Mapping[str, Signature]) -
                     f"layouts {edge.producer}.{axis}={source.name!r} and {edge.consumer}.{axis}={sink.name!r} do not "
                     f"go together: {error}; choose another signature for one of them"
                 ) from None
+
+
+def check_collectives(collectives: Mapping[str, str]) -> None:
+    """Raise unless every entry names a collective, on one axis or on all, and an algorithm that it has.
+
+    Args:
+        collectives: algorithms by "axis.operation" or "operation".
+
+    Raises:
+        PlanError: names the entry and what is possible.
+    """
+    for name, algorithm in collectives.items():
+        axis, dot, operation = name.rpartition(".")
+        if operation not in ALGORITHMS or (dot and axis not in COLLECTIVE_AXES):
+            raise PlanError(
+                f"collectives name {name!r}, which is no collective; use {', '.join(ALGORITHMS)}, alone or after an "
+                f"axis of {', '.join(COLLECTIVE_AXES)}, as in tp.all_reduce"
+            )
+        if algorithm not in ALGORITHMS[operation]:
+            raise PlanError(f"collectives.{name}={algorithm!r} is not known; use {' or '.join(ALGORITHMS[operation])}")
 
 
 def weight_layouts(signature: Signature) -> tuple[Layout, Layout]:

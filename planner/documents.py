@@ -8,7 +8,7 @@ import msgspec
 
 from planner.errors import DataError
 from planner.plan import Plan, load_plan
-from planner.trace import Measurement, Prediction, Record, load_measurement, load_prediction
+from planner.trace import Measurement, Prediction, Record, check_record, load_measurement, load_prediction
 
 Document = Plan | Prediction | Measurement
 
@@ -28,18 +28,17 @@ def load_document(path: Path) -> Document:
         kind = msgspec.json.decode(path.read_bytes(), type=_Head).kind
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; name a plan, prediction or measurement file") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not a whole JSON file: {error}; write it again") from None
     if kind == "plan":
         return load_plan(path)
     if kind not in ("prediction", "measurement"):
         raise DataError(f"{path} has kind {kind!r}; name a file of kind plan, prediction or measurement")
     record = load_prediction(path) if kind == "prediction" else load_measurement(path)
-    if record.plan_hash != record.plan.hash:
-        raise DataError(
-            f"{path} says plan_hash {record.plan_hash} and holds the plan {record.plan.hash}: it was edited; "
-            "write it again from its plan"
-        )
+    try:
+        check_record(record)
+    except DataError as error:
+        raise DataError(f"{path}: {error}; write it again from its plan") from None
     return record
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
-from planner.errors import MachineError
+from planner.errors import DataError, MachineError
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 UNBUFFERED = "PYTHONUNBUFFERED"
@@ -87,12 +87,16 @@ def parse_hosts(text: str | None) -> tuple[str, ...]:
 
     Raises:
         MachineError: an entry that is no host name, or a host named twice.
+        DataError: a file that cannot be read.
     """
     if text is None:
         return ()
     entries = text.split(",")
     if Path(text).is_file():
-        lines = Path(text).read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = Path(text).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise DataError(f"cannot read hosts file {text}: {error.strerror}; name a readable file") from None
         entries = [line for line in (line.partition("#")[0] for line in lines) if line.strip()]
     hosts = tuple(entry.strip() for entry in entries)
     for host in hosts or ("",):

@@ -10,6 +10,9 @@ import msgspec
 
 from planner.errors import PlanError
 
+MOST_RANKS = 2**20
+"""Ten times the largest training runs; every rank has an entry in the files, so that there has to be a limit."""
+
 JOINT = {"data": ("dp", "cp"), "world": ("pp", "dp", "cp", "tp")}
 """Groups along several axes at once."""
 
@@ -35,6 +38,7 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for axis in ("pp", "dp", "cp", "tp"):
             if getattr(self, axis) < 1:
                 raise PlanError(f"{axis}={getattr(self, axis)} is not an axis size; use {axis}>=1")
+        check_world_size(self.world_size)
 
     @property
     def world_size(self) -> int:
@@ -83,6 +87,16 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def hosts(self, group: tuple[int, ...], ranks_per_host: int) -> int:
         """How many hosts a group of ranks spans when hosts are filled in rank order."""
         return len({rank // ranks_per_host for rank in group})
+
+
+def check_world_size(ranks: int) -> None:
+    """Raise where there are more ranks than can be planned for.
+
+    Raises:
+        PlanError: names the number and the limit.
+    """
+    if ranks > MOST_RANKS:
+        raise PlanError(f"{ranks} ranks exceed the {MOST_RANKS} that can be planned for; use fewer workers")
 
 
 def factorizations(world_size: int, axes: int) -> list[tuple[int, ...]]:

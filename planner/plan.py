@@ -6,23 +6,24 @@ import hashlib
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
-from planner.admissible import ATTENTION_ON_CP, ContextKind, check_layouts, distinct_operators
-from planner.errors import DataError, MeshwrightError, PlanError
+from planner.admissible import ATTENTION_ON_CP, ContextKind, check_collectives, check_layouts, distinct_operators
+from planner.errors import PlanError
+from planner.files import SCHEMA, read_json, write_whole
 from planner.graph import Operator
 from planner.layout import AXES
 from planner.machine import Transport
 from planner.mesh import Mesh
 from planner.model import ModelSpec
-from planner.schedule import from_csv, model_chunks
+from planner.schedule import check, from_csv, model_chunks
 from planner.shard import split_evenly, zigzag_sizes
 
-SCHEMA = 1
-
-T = TypeVar("T")
+MOST_THREADS = 2**12
+MOST_MICRO_BATCHES = 2**16  # of a replica: a schedule has instructions for each
+MOST_ELEMENTS = 2**56  # of a tensor: 64 bits count its bytes, and those of a few together
 
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["float64", "float32", "tf32", "float16", "bfloat16", "fp8"]
@@ -53,8 +54,15 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise PlanError(f"lr={self.learning_rate} is negative; use lr>=0")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise PlanError(f"clip-norm={self.clip_norm} is not positive; leave it out for no clipping")
-        if self.threads_per_rank < 1:
-            raise PlanError(f"threads-per-rank={self.threads_per_rank}; use at least 1")
+        if not 1 <= self.threads_per_rank <= MOST_THREADS:
+            raise PlanError(f"threads-per-rank={self.threads_per_rank}; use at least 1 and at most {MOST_THREADS}")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= beta < 1:
+                raise PlanError(f"{name}={beta} forgets nothing or never settles; use 0 <= {name} < 1")
+        if self.epsilon <= 0 or self.weight_decay < 0:
+            raise PlanError(
+                f"epsilon={self.epsilon}, weight_decay={self.weight_decay}; use epsilon > 0 and weight_decay >= 0"
+            )
         if self.warmup_steps < 0 or self.total_steps < 1:
             raise PlanError(
                 f"warmup_steps={self.warmup_steps}, total_steps={self.total_steps}; use warmup >= 0 and total >= 1"
@@ -114,6 +122,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_schedule(self)
         sizes = {axis: self.mesh.size(axis) for axis in AXES}
         check_layouts(self.model, sizes, self.layouts, self.cp_kind)
+        check_collectives(self.collectives)
 
     @property
     def num_stages(self) -> int:
@@ -170,6 +179,11 @@ def _check_sizes(plan: Plan) -> None:
         raise PlanError(
             f"batch sizes {plan.global_batch_size} and {plan.micro_batch_size} must be positive; use at least 1"
         )
+    widest = max(model.vocab, model.ffn_hidden, model.hidden, model.query_size, model.heads * model.seq_len)
+    _at_most(
+        "elements of a tensor", plan.micro_batch_size * model.seq_len * widest, MOST_ELEMENTS, "that can be counted",
+        "use a smaller micro-batch or model",
+    )  # fmt: skip
     # The embedding stands on the first stage and the head on the last, so these may be stages without layers.
     inner = plan.stage_layers[1:-1] if plan.num_stages > 1 else plan.stage_layers
     negative = min(plan.stage_layers, default=-1) < 0
@@ -201,6 +215,10 @@ def _check_parts(plan: Plan) -> None:
                 f"parts.{name}={list(sizes)} do not split {total} into {count} positive parts; "
                 f"for example {list(split_evenly(total, count))}"
             )
+    _at_most(
+        "micro-batches", -(-max(plan.parts.batch) // plan.micro_batch_size), MOST_MICRO_BATCHES,
+        "of a replica that a schedule may have", "use a larger --micro-batch-size",
+    )  # fmt: skip
     on_tp = any(chosen.get("tp") == "seq" for chosen in plan.layouts.values())
     if on_tp and min(plan.parts.seq) < mesh.tp:
         raise PlanError(
@@ -251,6 +269,13 @@ def _check_schedule(plan: Plan) -> None:
             f"schedule.programs are of {explicit.num_ranks} ranks and {explicit.num_stages} stages, the plan has "
             f"pp={mesh.pp} and {plan.num_stages}; write the plan again with the schedule"
         )
+    counts = {len(plan.micro_batches(plan.parts.batch.index(size))) for size in set(plan.parts.batch)}
+    if counts != {explicit.num_micro_batches}:
+        raise PlanError(
+            f"schedule.programs are of {explicit.num_micro_batches} micro-batches, and replicas have "
+            f"{' or '.join(map(str, sorted(counts)))}; write the plan again with the schedule"
+        )
+    check(explicit, forward_only=plan.forward_only)
 
 
 TENSOR_SIGNATURES = {
@@ -349,43 +374,3 @@ def load_plan(path: Path) -> Plan:
         PlanError: the plan is well formed and cannot be carried out.
     """
     return read_json(path, Plan, "plan")
-
-
-def read_json(path: Path, struct: type[T], kind: str) -> T:
-    """Read a JSON file strictly into a frozen struct; errors carry the JSON path."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {kind} file {path}: {error.strerror}; name an existing file") from None
-    try:
-        head = msgspec.json.decode(content)
-        if isinstance(head, dict):
-            _check_head(head, path, kind)
-        return msgspec.json.decode(content, type=struct)
-    except MeshwrightError:
-        raise
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, MeshwrightError):
-            raise error.__cause__ from None
-        raise DataError(f"{path} is not a valid {kind}: {error}; write it again with the planner") from None
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path} is not a whole JSON {kind}: {error}; write it again with the planner") from None
-
-
-def _check_head(head: dict[str, Any], path: Path, kind: str) -> None:
-    if head.get("kind", kind) != kind:
-        raise DataError(f"{path} is a {head['kind']}, not a {kind}; name a {kind} file")
-    schema = head.get("schema", SCHEMA)
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise DataError(f"{path} has schema {schema}, newer than {SCHEMA}; install a newer meshwright")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write through a temporary file in the same folder and a rename, so that no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path}: {error.strerror}; choose a writable folder with -o") from None

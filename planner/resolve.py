@@ -40,6 +40,10 @@ MICRO_BATCHES_PER_STAGE = 4
 """`auto` in a plan by hand: micro-batches per pipeline rank at most, a bubble of (p-1)/(5p-1), below a fifth."""
 
 
+SHORTEST_SECONDS, LONGEST_SECONDS = 1e-15, 1e12
+"""Of a step of a schedule that takes time at all: sums and ratios of durations stay finite."""
+
+
 def model_spec(options: ModelOptions) -> ModelSpec:
     """Return the model.
 
@@ -361,6 +365,10 @@ def parse_durations(text: str | None) -> Durations:
         if not math.isfinite(number) or key in keys:
             raise ScheduleError(
                 f"--durations {text} has the entry {entry!r}; write each of F, I, W, B and comm once, as in F=1,B=2"
+            )
+        if number and not SHORTEST_SECONDS <= abs(number) <= LONGEST_SECONDS:
+            raise ScheduleError(
+                f"--durations {text}: {entry} is out of range; give 0, or {SHORTEST_SECONDS:g} to {LONGEST_SECONDS:g}"
             )
         keys[key] = number
     return Durations.from_keys(keys)

@@ -6,6 +6,7 @@ keys, reduced by the same functions to the same figures, so that comparing is on
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -14,11 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from planner.plan import SCHEMA, Plan, read_json, write_whole
+from planner.admissible import COLLECTIVE_AXES
+from planner.errors import DataError
+from planner.files import SCHEMA, read_json, write_whole
+from planner.plan import Plan
 from planner.shard import offsets
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
-COLLECTIVE_AXES = ("tp", "cp", "dp", "data", "pp", "tie", "world")
 
 
 class Span(NamedTuple):
@@ -105,18 +108,51 @@ class Measurement(Record, kw_only=True, forbid_unknown_fields=True):
     payload_bytes: dict[str, int] = {}  # bytes handed to MPI per step, by axis and operation, of rank 0
 
 
+LONGEST_SECONDS = 1e12  # of a step: sums and ratios of times stay finite
+
+
+def check_record(record: Record) -> None:
+    """Raise unless the figures of a record that was read belong to its ranks and its plan, and are times.
+
+    Raises:
+        DataError: names the first field that does not fit.
+    """
+    world, classes = record.plan.mesh.world_size, len(record.rank_classes)
+    if record.plan_hash != record.plan.hash:
+        raise DataError(f"it says plan_hash {record.plan_hash} and holds the plan {record.plan.hash}: it was edited")
+    if sorted(rank for ranks in record.rank_classes for rank in ranks) != list(range(world)):
+        raise DataError(f"rank_classes do not name each of the {world} ranks once")
+    if set(record.peak_parts) != set(PARTS):
+        raise DataError(f"peak_parts has {', '.join(sorted(record.peak_parts))} and not {', '.join(PARTS)}")
+    lengths: list[tuple[str, Sequence[float], int]] = [
+        ("rank_seconds", record.rank_seconds, world),
+        ("peak_bytes", record.peak_bytes, world),
+        *((f"peak_parts.{name}", values, world) for name, values in record.peak_parts.items()),
+    ]
+    lengths += [(f"operators.{key}.seconds", each.seconds, classes) for key, each in record.operators.items()]
+    for name, values, count in lengths:
+        most = LONGEST_SECONDS if name.endswith("seconds") else math.inf
+        if len(values) != count or not all(0 <= value <= most for value in values):
+            raise DataError(f"{name} is not {count} figures of at least 0")
+    if not 0 < record.step_seconds <= LONGEST_SECONDS:
+        raise DataError(f"step_seconds={record.step_seconds} is no length of a step")
+    for span in record.spans():
+        if not 0 <= span.rank < world or not -LONGEST_SECONDS <= span.start <= span.end <= LONGEST_SECONDS:
+            raise DataError(f"the trace's span {span.key} of rank {span.rank}, {span.start} to {span.end}, is none")
+
+
 def dump_record(record: Record, path: Path) -> None:
     """Write a prediction or measurement, whole or not at all."""
     write_whole(path, msgspec.json.format(msgspec.json.encode(record), indent=1))
 
 
 def load_prediction(path: Path) -> Prediction:
-    """Read a prediction; errors as in `planner.plan.read_json`."""
+    """Read a prediction; errors as in `planner.files.read_json`."""
     return read_json(path, Prediction, "prediction")
 
 
 def load_measurement(path: Path) -> Measurement:
-    """Read a measurement; errors as in `planner.plan.read_json`."""
+    """Read a measurement; errors as in `planner.files.read_json`."""
     return read_json(path, Measurement, "measurement")
 
 

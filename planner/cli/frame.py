@@ -8,6 +8,7 @@ the user asked for something that cannot be, 1 that we failed.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import inspect
 import os
@@ -69,6 +70,9 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own usage errors
             return _usage_error(error)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # even to ask whether it is a file
+            say(f"planner: {str(error.filename)[:WIDTH]}...: {error.strerror}; give a shorter name")
+            return USER_ERROR
         traceback.print_exc()
         say(f"planner: internal error: {error}; please report it with the lines above")
         return INTERNAL_ERROR

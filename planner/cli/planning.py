@@ -9,8 +9,10 @@ from rich.console import Group
 
 from planner.cli.commands import PlanOptions, PredictOptions, SearchOptions, SuggestOptions
 from planner.cli.frame import Answer, say
-from planner.errors import DataError, PlanError
+from planner.errors import PlanError
+from planner.files import output_folder
 from planner.machine import Transport
+from planner.mesh import check_world_size
 from planner.options import parse_bytes, parse_fixed
 from planner.plan import dump_plan, load_plan
 from planner.predict import predict
@@ -38,9 +40,7 @@ from planner.trace import dump_record
 
 def suggest_plans(options: SuggestOptions) -> Answer:
     """Search, write the winner and its prediction, explain."""
-    folder = Path(options.out)
-    if not folder.is_dir():
-        raise DataError(f"-o {folder} is no folder; make it first, or name another")
+    folder = output_folder(options.out)
     choice, asked = search_request(options, options.workers, options.top)
     say(choice.sentence)
     found = asked.ask()
@@ -78,6 +78,7 @@ def search_request(options: SearchOptions, workers: int, top: int) -> tuple[Mach
     for name, value in (("workers", workers), ("top", top)):
         if value < 1:
             raise PlanError(f"--{name} {value} is too few; use at least 1")
+    check_world_size(workers)
     fixed = fixed_choices(parse_fixed(options.fix))
     limit = None if options.memory_limit is None else parse_bytes(options.memory_limit)
     model, choice = model_spec(options), with_transport(machine_choice(options), options, workers)

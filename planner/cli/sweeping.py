@@ -13,8 +13,8 @@ from planner.cli.running import Runner
 from planner.errors import PlanError
 from planner.experiments.classics import EXPERIMENTS, experiment
 from planner.experiments.experiment import Experiment, Sizes, conduct
+from planner.files import write_whole
 from planner.options import ModelOptions
-from planner.plan import write_whole
 from planner.report.experiment import experiment_document, experiment_svg, experiment_view
 from planner.report.sweep import sweep_document, sweep_svg, sweep_view
 from planner.resolve import machine_choice, usable_cores

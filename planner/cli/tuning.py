@@ -13,6 +13,7 @@ from planner.cli.planning import search_request
 from planner.cli.running import Runner
 from planner.documents import load_record
 from planner.errors import DataError, PlanError
+from planner.files import output_folder
 from planner.machine import base_profile, dump_machine, machine_names
 from planner.plan import dump_plan
 from planner.report.calibration import calibration_document, calibration_view
@@ -30,10 +31,7 @@ def calibrate_machine(options: CalibrateOptions) -> Answer:
     found = calibrate(choice.machine, runs, datetime.now(UTC).date().isoformat())
     shipped = options.machine in machine_names() or choice.origin == "generic" or not Path(choice.path).is_file()
     out = options.out or (f"{choice.machine.name}-calibrated.toml" if shipped else choice.path)
-    try:
-        dump_machine(found.machine, out, extends=None if options.machine is None else _base(choice.path))
-    except OSError as error:
-        raise DataError(f"cannot write {out}: {error.strerror}; choose a writable file with -o") from None
+    dump_machine(found.machine, out, extends=None if options.machine is None else _base(choice.path))
     return Answer(lambda: calibration_document(found, out), lambda: calibration_view(found, out))
 
 
@@ -62,9 +60,7 @@ def tune_plans(options: TuneOptions) -> Answer:
     for name, value in (("steps", options.steps), ("rounds", options.rounds)):
         if value < 1:
             raise PlanError(f"--{name} {value} is too few; use at least 1")
-    folder = Path(options.out)
-    if not folder.is_dir():
-        raise DataError(f"-o {folder} is no folder; make it first, or name another")
+    folder = output_folder(options.out)
     choice, request = search_request(options, options.workers, options.top)
     say(choice.sentence)
     plans = request.but(top=options.top + RESERVE).ask().plans

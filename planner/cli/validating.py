@@ -8,8 +8,8 @@ from pathlib import Path
 from planner.cli.commands import FitOptions, ValidateOptions
 from planner.cli.frame import Answer, say
 from planner.errors import DataError, MachineError
+from planner.files import write_whole
 from planner.machine import base_profile, dump_machine, load_machine, machine_names
-from planner.plan import write_whole
 from planner.published.fit import fit_machine, with_priors
 from planner.published.rows import PublishedRow, read_published
 from planner.published.validate import validate

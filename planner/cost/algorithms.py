@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import msgspec
 
+from planner.admissible import ALGORITHMS
 from planner.cost.price import COLLECTIVES, SCALARS, Place, Pricer, group_seconds, machine_of, measured_tables
 from planner.machine import Machine
 from planner.plan import Plan
@@ -57,6 +58,6 @@ def _collectives(program: Program) -> list[tuple[Task, int]]:
 
 
 def measured_algorithms(machine: Machine, operation: str, place: Place = INSIDE) -> list[str]:
-    """Algorithms that the profile has timed for an operation on the link that a group crosses."""
-    tables = measured_tables(machine, place)
-    return sorted({table.algorithm for table in tables if table.operation == operation})
+    """Algorithms that the profile has timed for an operation on the link that a group crosses, and a plan may name."""
+    timed = {table.algorithm for table in measured_tables(machine, place) if table.operation == operation}
+    return sorted(timed & set(ALGORITHMS[operation]))

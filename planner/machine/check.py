@@ -12,9 +12,17 @@ from planner.errors import MachineError
 from planner.machine.figures import Collective, Machine, Precision
 from planner.machine.links import Staging, Transport
 
+_RETIRED = ("residuals", "memory_log_sigma")
+"""A figure that was never fitted and that nothing reads; profiles that `planner profile` wrote before hold it."""
+
 
 def check_machine(tree: dict[str, Any], where: str) -> Machine:
-    """Check the tables of a profile and return the Machine."""
+    """Check the tables of a profile and return the Machine.
+
+    Raises:
+        MachineError: a figure is unknown, missing, of the wrong type or not finite; the message starts with `where`.
+    """
+    tree = _without_retired(tree)
     try:
         machine = msgspec.convert(tree, Machine)
     except msgspec.ValidationError as error:
@@ -26,6 +34,15 @@ def check_machine(tree: dict[str, Any], where: str) -> Machine:
             raise MachineError(msg)
     _check_vocabulary(machine, where)
     return machine
+
+
+def _without_retired(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables without the one figure that is accepted and ignored."""
+    table, figure = _RETIRED
+    below = tree.get(table)
+    if not isinstance(below, dict) or figure not in below:
+        return tree
+    return tree | {table: {key: value for key, value in below.items() if key != figure}}
 
 
 def _check_vocabulary(machine: Machine, where: str) -> None:

@@ -20,6 +20,7 @@ Fraction: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Share: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Slowdown: TypeAlias = Annotated[float, msgspec.Meta(ge=1)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
+Speedups: TypeAlias = Annotated[tuple[Positive, ...], msgspec.Meta(min_length=1)]
 Provenance: TypeAlias = Annotated[str, msgspec.Meta(min_length=8)]  # datasheet, paper, or what it was fitted on
 
 DATASHEET_LOG_SIGMA = 0.25  # what separates a datasheet figure from a run, when nothing was fitted
@@ -173,7 +174,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cores: Count = 1
     memory_bytes: Positive | None = None
     memory_bandwidth_bytes_per_second: Positive | None = None
-    thread_speedup: tuple[Positive, ...] = (1.0,)  # of a matrix product with 1, 2, ... threads
+    thread_speedup: Speedups = (1.0,)  # of a matrix product with 1, 2, ... threads
     thread_call_seconds: NonNegative = 0.0  # to start and join the threads of one product
     oversubscription_slowdown: Slowdown = 1.0  # on top of sharing the cores, when ranks outnumber them
     concurrent_gemm_slowdown: Slowdown = 1.0  # of a rank's matrix products while all other cores compute too
@@ -196,7 +197,6 @@ class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     provenance: Provenance
     step_log_sigma: NonNegative = DATASHEET_LOG_SIGMA
-    memory_log_sigma: NonNegative = 0.1
     kernel_log_sigma: NonNegative = 0.1
     collective_log_sigma: NonNegative = 0.15
     ranges: dict[str, tuple[float, float]] = {}  # smallest and largest value calibrated, by ModelSpec or mesh field

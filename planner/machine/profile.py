@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from planner.errors import MachineError
+from planner.errors import DataError, MachineError
+from planner.files import write_whole
 from planner.machine.check import check_machine
 from planner.machine.figures import Machine
 from planner.machine.words import apply_words
@@ -58,10 +59,16 @@ def dump_machine(machine: Machine, path: str | Path, extends: str | None = None)
         machine: the profile.
         path: the file; folders are made.
         extends: a shipped profile; then only what differs from it is written.
+
+    Raises:
+        DataError: the file cannot be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render_machine(machine, extends), encoding="utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make {target.parent}: {error.strerror}; choose a writable file with -o") from None
+    write_whole(target, render_machine(machine, extends).encode())
 
 
 def render_machine(machine: Machine, extends: str | None = None) -> str:

@@ -48,11 +48,15 @@ def apply_words(tree: dict[str, Any], words: str) -> Machine:
     `network` is the bandwidth of one host, all its network cards together. The interval is wide: nothing was fitted.
 
     Raises:
-        MachineError: an unknown word, or a value without the unit that the word needs.
+        MachineError: an unknown word, one given twice, or a value without the unit that the word needs.
     """
     origin = f"datasheet words '{words}'"
     options = [part.strip().partition("=")[::2] for part in words.split(",")[1:]]
+    given = [word for word, _ in options]
     for word, text in options:
+        if given.count(word) > 1:
+            msg = f"{origin}: '{word}' is given {given.count(word)} times; give one value"
+            raise MachineError(msg)
         if word not in _WORDS:
             msg = f"{origin}: unknown word '{word}'; use {', '.join(_WORDS)}, each followed by =VALUE"
             raise MachineError(msg)

@@ -4,6 +4,7 @@ from planner.model.spec import (
     BYTE_VOCAB,
     CLS,
     MASK,
+    NUM_BYTES,
     PAD,
     SEP,
     Activation,
@@ -15,7 +16,6 @@ from planner.model.spec import (
     forward_flops,
     model_flops,
     parameters,
-    useful_flops,
     with_sizes,
 )
 
@@ -23,6 +23,7 @@ __all__ = [
     "BYTE_VOCAB",
     "CLS",
     "MASK",
+    "NUM_BYTES",
     "PAD",
     "SEP",
     "Activation",
@@ -34,6 +35,5 @@ __all__ = [
     "forward_flops",
     "model_flops",
     "parameters",
-    "useful_flops",
     "with_sizes",
 ]

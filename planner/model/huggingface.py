@@ -52,9 +52,9 @@ def _sizes(
     return {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": heads, "head_dim": size}
 
 
-def _rope_theta(config: ConfigFile, default: float = 10000.0) -> float:
+def _rope_theta(config: ConfigFile) -> float:
     """Rotary base, from `rope_theta` (4.x) or `rope_parameters` (5.x); scaled frequencies are refused."""
-    theta = config.number("rope_theta", default)
+    theta = config.number("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
         theta = _unscaled_theta(config, key, config.keys.get(key), theta)
     return theta
@@ -318,7 +318,7 @@ def from_huggingface(path: str | Path) -> ModelSpec:
         keys = msgspec.json.decode(file.read_bytes())
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror}); give the path of a config.json") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{file}: is not JSON ({error}); give the config.json of a model") from error
     if not isinstance(keys, dict):
         raise ModelError(f"{file}: holds a {type(keys).__name__}, not a table of keys; give the config.json of a model")

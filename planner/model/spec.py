@@ -1,9 +1,8 @@
 """ModelSpec: the numbers that define a transformer, how to change them, and what they add up to.
 
-Two conventions of counting FLOPs are worth keeping apart. `model_flops` counts the whole attention square, as Narayanan
-et al. 2021 (arXiv 2104.04473, eq. 3) and PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) do, so that an MFU
-printed here compares with theirs. `useful_flops` counts only the query-key pairs that the mask lets through. Both count
-matrix products alone (a multiply-add is 2 FLOPs), without recomputation.
+`model_flops` counts the whole attention square, as Narayanan et al. 2021 (arXiv 2104.04473, eq. 3) and PaLM (Chowdhery
+et al. 2022, arXiv 2204.02311, appendix B) do, so that an MFU printed here compares with theirs, whatever the mask lets
+through. It counts matrix products alone (a multiply-add is 2 FLOPs), without recomputation.
 """
 
 from __future__ import annotations
@@ -25,6 +24,10 @@ PAD, MASK, CLS, SEP = range(NUM_BYTES, NUM_BYTES + 4)  # token ids of the byte v
 BYTE_VOCAB = NUM_BYTES + 4
 
 _POSITIVE = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn_hidden", "seq_len", "vocab", "max_positions")
+MOST = 2**31 - 1  # of any size of a model: tokens and positions are counted in 32 bits
+MOST_LAYERS = 2**12  # four times the deepest ones (Wang et al. 2022, arXiv 2203.00555): each is planned on its own
+MOST_PARAMETERS = 2**56  # what 64 bits count in bytes, with gradients and moments
+
 _CHOICES = {
     "activation": get_args(Activation),
     "norm": get_args(Norm),
@@ -85,6 +88,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         _check_values(self)
         _check_attention(self)
         _check_norms(self)
+        _check_parameters(self)
 
     @property
     def query_size(self) -> int:
@@ -118,6 +122,7 @@ _FLAGS = tuple(field.name for field in msgspec.structs.fields(ModelSpec) if fiel
 
 def _check_values(spec: ModelSpec) -> None:
     """Every field alone: its type and range."""
+    _check_integer("layers", spec.layers, 1, MOST_LAYERS)
     for field, least in [(name, 1) for name in _POSITIVE] + [("token_types", 0), ("global_attention_every", 0)]:
         _check_integer(field, getattr(spec, field), least)
     if spec.attention_window is not None:
@@ -136,15 +141,18 @@ def _check_values(spec: ModelSpec) -> None:
             raise ModelError(f"{field}={getattr(spec, field)!r} is not a yes or no; use true or false")
 
 
-def _check_integer(field: str, value: object, least: int) -> None:
+def _check_integer(field: str, value: object, least: int, most: int = MOST) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ModelError(f"{field}={value!r} is not an integer of at least {least}; give {field} >= {least}")
+    if value > most:
+        raise ModelError(f"{field}={value} exceeds the {most} that can be planned for; give {field} <= {most}")
 
 
 def _check_attention(spec: ModelSpec) -> None:
     """Heads, positions and windows together."""
     if spec.heads % spec.kv_heads:
-        divisors = ", ".join(str(n) for n in range(1, spec.heads + 1) if spec.heads % n == 0)
+        small = [n for n in range(1, math.isqrt(spec.heads) + 1) if spec.heads % n == 0]
+        divisors = ", ".join(str(n) for n in sorted({*small, *(spec.heads // n for n in small)}))
         raise ModelError(
             f"kv_heads={spec.kv_heads} does not divide the {spec.heads} attention heads; use one of {divisors}"
         )
@@ -183,6 +191,15 @@ def _check_norms(spec: ModelSpec) -> None:
         raise ModelError(
             "first_attention_norm=false with norm_position=post: only a pre-norm first layer can leave its norm to the "
             "embedding; set first_attention_norm=true, or norm_position=pre"
+        )
+
+
+def _check_parameters(spec: ModelSpec) -> None:
+    """All sizes together."""
+    if (total := parameters(spec).total) > MOST_PARAMETERS:
+        raise ModelError(
+            f"the model has {total:.3g} parameters, more than the {MOST_PARAMETERS:.3g} that can be planned for; "
+            "use smaller sizes or fewer layers"
         )
 
 
@@ -359,26 +376,14 @@ def attention_pairs(seq_len: int, *, causal: bool, window: int | None = None) ->
     return seq_len * (2 * reach + 1) - reach * (reach + 1)
 
 
-def forward_flops(spec: ModelSpec, *, masked: bool = False) -> ForwardFlops:
-    """FLOPs of one sequence's forward pass: 2 per weight and token, 4·head_dim per head and query-key pair.
-
-    Args:
-        spec: The model.
-        masked: Count only the pairs that the attention mask lets through, not the whole seq_len² square.
-    """
-    pairs = spec.layers * spec.seq_len**2
-    if masked:
-        windows = [spec.window(layer) for layer in range(spec.layers)]
-        pairs = sum(
-            windows.count(window) * attention_pairs(spec.seq_len, causal=spec.causal, window=window)
-            for window in set(windows)
-        )
+def forward_flops(spec: ModelSpec) -> ForwardFlops:
+    """FLOPs of one sequence's forward pass: 2 per weight and token, 4·head_dim per head and query-key pair."""
     projections = spec.hidden * (2 * spec.query_size + 2 * spec.kv_size)
     ffn = spec.hidden * spec.ffn_hidden * (3 if spec.gated_ffn else 2)
     head = spec.hidden * (spec.vocab + spec.hidden * spec.head_transform)
     return ForwardFlops(
         linear_flops=2 * spec.seq_len * spec.layers * (projections + ffn),
-        attention_flops=4 * pairs * spec.query_size,
+        attention_flops=4 * spec.layers * spec.seq_len**2 * spec.query_size,
         head_flops=2 * spec.seq_len * head,
     )
 
@@ -390,8 +395,3 @@ def model_flops(spec: ModelSpec) -> int:
     second forward pass of the layers for full recomputation. The numerator of an MFU.
     """
     return 3 * forward_flops(spec).total_flops
-
-
-def useful_flops(spec: ModelSpec) -> int:
-    """Like `model_flops`, but only the query-key pairs that the causal mask and the attention windows let through."""
-    return 3 * forward_flops(spec, masked=True).total_flops

@@ -50,6 +50,7 @@ COLUMNS = (
 )  # fmt: skip
 """The columns that a row needs; a file without them has another schema."""
 
+ZERO_STAGES = {"": 0, "0": 0, "1": 1, "2": 2, "3": 3}
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp8": "fp8", "fp32": "float32", "tf32": "tf32"}
 OVERLAPPED_SOURCES = ("mlperf", "torchtitan")
 SERIAL_SOURCES = ("vtrain", "bigscience", "simumax", "korthikanti", "zero_bubble")
@@ -106,13 +107,17 @@ def read_published(path: Path, machine: str | None = None) -> tuple[list[Publish
         msg = f"{path}: cannot be read ({error}); give a CSV file of published measurements"
         raise DataError(msg) from error
     reader = csv.DictReader(text.splitlines())
+    try:
+        table = list(reader)
+    except csv.Error as error:
+        raise DataError(f"{path}: is not CSV ({error}); give a CSV file of published measurements") from None
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         msg = f"{path.name}: another schema, without the columns {', '.join(missing)}; see INTERFACE for the columns"
         raise DataError(msg)
     rows: list[PublishedRow] = []
     skipped: list[SkippedRow] = []
-    for number, cells in enumerate(reader):
+    for number, cells in enumerate(table):
         source = (cells.get("source") or path.stem).strip()
         name = (cells.get("row") or str(number)).strip()
         try:
@@ -260,7 +265,7 @@ def _default_micro_batch(cells: dict[str, Any], mesh: Mesh) -> int:
 
 
 def _plan(source: str, cells: dict[str, Any], mesh: Mesh) -> Plan:
-    fsdp = _integer(cells, "zero_stage", 0, 0) == 3 and mesh.pp > 1
+    fsdp = _one_of(cells, "zero_stage", ZERO_STAGES) == 3 and mesh.pp > 1
     name = _one_of(cells, "schedule", {"": "1f1b", **{known: known for known in NAMES}})
     chunks = _integer(cells, "num_model_chunks", 1)
     if name == "interleaved" and chunks == 1:
@@ -270,7 +275,7 @@ def _plan(source: str, cells: dict[str, Any], mesh: Mesh) -> Plan:
     if name in ("zb-v", "v-half", "v-min", "dualpipe-v"):
         chunks = 2
     model = _model(cells, mesh.tp)
-    zero = _integer(cells, "zero_stage", 0, 0) if mesh.dp * mesh.cp > 1 else 0
+    zero = _one_of(cells, "zero_stage", ZERO_STAGES) if mesh.dp * mesh.cp > 1 else 0
     torchtitan = source.startswith("torchtitan")
     recompute = _one_of(cells, "recompute", {key: key for key in ("none", "selective", "full")})
     overlapped = _is(source, OVERLAPPED_SOURCES) or (mesh.tp * mesh.pp <= 8 and not _is(source, SERIAL_SOURCES))

@@ -17,7 +17,7 @@ from planner.schedule.instructions import (
     parse_instruction,
     v_placement,
 )
-from planner.schedule.lower import count_unit_steps, lower_communication, merge_backwards
+from planner.schedule.lower import lower_communication
 from planner.schedule.registry import DURATION_DEPENDENT, NAMES, generate, model_chunks
 
 __all__ = [
@@ -28,13 +28,11 @@ __all__ = [
     "Instruction",
     "Schedule",
     "check",
-    "count_unit_steps",
     "format_grid",
     "from_csv",
     "generate",
     "loop_placement",
     "lower_communication",
-    "merge_backwards",
     "model_chunks",
     "overlap",
     "parse_instruction",

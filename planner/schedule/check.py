@@ -7,6 +7,7 @@ first-in first-out per (source rank, destination rank, direction), which is what
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import NoReturn
@@ -37,6 +38,8 @@ def check(schedule: Schedule, *, forward_only: bool = False, memory_limit: float
     _check_complete(schedule, forward_only=forward_only)
     _check_channels(schedule)
     if memory_limit is not None:
+        if math.isnan(memory_limit):
+            raise ScheduleError("memory limit of nan activations; give a number of at least 1")
         _check_memory(schedule, memory_limit)
 
 

@@ -21,10 +21,13 @@ def from_csv(text: str, *, name: str = "custom", num_micro_batches: int | None =
         num_micro_batches: Micro-batches per step; None for the largest index plus one.
 
     Raises:
-        ScheduleError: a cell that is no instruction (with its place), a stage on two ranks or on none.
+        ScheduleError: no CSV, a cell that is no instruction (with its place), a stage on two ranks or on none.
     """
     programs = []
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except csv.Error as error:
+        raise ScheduleError(f"the schedule is not CSV: {error}; write one row per rank, as in 0F0,0B0") from None
     for rank, row in enumerate(rows):
         program = []
         for column, cell in enumerate(row):

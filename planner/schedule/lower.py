@@ -20,20 +20,6 @@ class _Message(NamedTuple):
     destination: int
 
 
-def merge_backwards(schedule: Schedule) -> Schedule:
-    """Return the schedule with each I that its W follows at once written as one B, which kernels can run faster."""
-    programs = []
-    for program in schedule.programs:
-        merged: list[Instruction] = []
-        for step in program:
-            if step.op == "W" and merged and merged[-1] == step._replace(op="I"):
-                merged[-1] = step._replace(op="B")
-            else:
-                merged.append(step)
-        programs.append(tuple(merged))
-    return replace(schedule, programs=tuple(programs))
-
-
 def lower_communication(schedule: Schedule) -> Schedule:
     """Return the schedule with SEND_F, RECV_F, SEND_B and RECV_B between ranks.
 
@@ -65,40 +51,6 @@ def lower_communication(schedule: Schedule) -> Schedule:
                 lowered[rank].append(message.send)
                 lowered[message.destination].append(message.receive)
     return replace(schedule, programs=tuple(map(tuple, lowered)))
-
-
-def count_unit_steps(schedule: Schedule) -> int:
-    """Return how many steps a schedule takes if each instruction takes one and ranks run one per step.
-
-    In a step, ranks go in order and see what earlier ranks did in it; a rank that could not go on looks once more
-    after the others. This is the measure by which torch tests its lowering (`_simulate_comms_compute`).
-
-    Raises:
-        ScheduleError: the schedule cannot run.
-    """
-    check(schedule, forward_only=_is_forward_only(schedule))
-    lowered = schedule.is_lowered
-    done: set[Fact] = set()
-    cursor = [0] * schedule.num_ranks
-    steps = 0
-
-    def advance(rank: int) -> bool:
-        step = schedule.programs[rank][cursor[rank]]
-        if not done.issuperset(required(step, schedule, lowered=lowered)):
-            return False
-        done.update(produced(step))
-        cursor[rank] += 1
-        return True
-
-    def unfinished() -> list[int]:
-        return [rank for rank, program in enumerate(schedule.programs) if cursor[rank] < len(program)]
-
-    while ranks := unfinished():
-        steps += 1
-        idle = [rank for rank in ranks if not advance(rank)]
-        for rank in idle:
-            advance(rank)
-    return steps
 
 
 def _is_forward_only(schedule: Schedule) -> bool:

@@ -6,6 +6,7 @@ for words; here they are timed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -54,8 +55,10 @@ class Problem:
         Raises:
             ScheduleError: the memory limit leaves no room for one activation.
         """
-        if not memory_limit >= 1:
-            raise ScheduleError(f"memory limit of {memory_limit:g} activations; a rank needs at least 1")
+        if not 1 <= memory_limit < math.inf:
+            raise ScheduleError(
+                f"memory limit of {memory_limit:g} activations; a rank needs at least 1, and a finite number"
+            )
         seconds = {op: durations.of(op, num_ranks) for op in ("F", "I", "W")}
         latency = durations.latency_seconds + max(durations.transfer_seconds(num_ranks))
         return cls(num_micro_batches, seconds, latency, memory_limit, weight_share, objective)
@@ -135,7 +138,11 @@ def time_words(problem: Problem, words: Sequence[Word]) -> Timing:
 
 
 def walk(ranks: Sequence[OrderedRank]) -> Timing:
-    """Advance every rank as far as its neighbours' messages let it, until all are done."""
+    """Advance every rank as far as its neighbours' messages let it, until all are done.
+
+    Raises:
+        ScheduleError: ranks wait for each other.
+    """
     todo = list(range(len(ranks)))
     while todo:
         rank = todo.pop()

@@ -212,7 +212,8 @@ class Space:
 
     def memory_reason(self) -> str:
         """The reason under which candidates are counted that do not fit."""
-        return f"more memory than the {self.limit_bytes / 2**30:.1f} GiB of a rank"
+        limit = self.limit_bytes / 2**30
+        return f"more memory than the {f'{limit:.1f}' if limit >= 0.1 else f'{limit:.2g}'} GiB of a rank"
 
     def plan(self, group: Group, row: int, update: Update) -> Plan:
         """The candidate as a plan, its layers placed so that the slowest stage is as fast as can be."""

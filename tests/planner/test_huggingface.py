@@ -455,3 +455,6 @@ def test_unreadable_files(tmp_path, read):
     with pytest.raises(ModelError, match="is not JSON"):
         from_huggingface(tmp_path / "broken.json")
     assert "holds a list" in refusal(read, [1, 2])
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="is not JSON"):
+        from_huggingface(tmp_path / "deep.json")

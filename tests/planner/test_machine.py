@@ -110,6 +110,18 @@ def test_extending_profile_changes_only_what_it_states(a100: Machine, tmp_path: 
     assert machine == expected
 
 
+def test_a_retired_figure_of_older_profiles_is_ignored_and_no_other(a100: Machine, tmp_path: Path) -> None:
+    table = 'extends = "a100-80gb"\n[residuals]\n'
+    assert load_machine(write(tmp_path, f"{table}memory_log_sigma = 0.1\n")) == a100
+    with pytest.raises(MachineError, match=r"unknown field `memory_sigma`.*residuals"):
+        load_machine(write(tmp_path, f"{table}memory_sigma = 0.1\n"))
+
+
+def test_a_table_of_threads_without_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"Expected `array` of length >= 1 - at `\$\.host\.thread_speedup`; compare"):
+        load_machine(write(tmp_path, 'extends = "a100-80gb"\n[host]\nthread_speedup = []\n'))
+
+
 def test_extending_in_a_circle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "circle.toml"
     path.write_text(f'extends = "{path}"\n')
@@ -138,6 +150,7 @@ def test_words_set_devices_and_the_bandwidth_of_one_host() -> None:
         ("a100-80gb,memory=80GB/s", "write it like memory=80GiB"),
         ("a100-80gb,per-host=0", "write it like per-host=8"),
         ("a100-80gb,per-host=2.5", "write it like per-host=8"),
+        ("a100-80gb,per-host=8,per-host=4", "'per-host' is given 2 times; give one value"),
         ("a100-80gb,network=-1GB/s", "network=-1GB/s is not a positive figure"),
         ("a900-80gb,per-host=8", "no machine 'a900-80gb'.*a100-80gb.*planner profile"),
     ],

@@ -165,6 +165,14 @@ def test_a_plan_gets_the_algorithm_that_its_own_messages_ask_for(hidden: int, ch
     assert fix_collectives(plan, GENERIC) == plan
 
 
+def test_an_algorithm_that_no_plan_may_name_is_not_fixed() -> None:
+    """A profile may time its library's own under any name, and ranks do not know that one."""
+    timed = with_collectives(collective("all_reduce", "library", regime(1e-6, 1e-10)))
+    plan = make_plan(with_sizes(None, layers=2), Mesh(tp=2), global_batch_size=1, micro_batch_size=1)
+    assert measured_algorithms(timed, "all_reduce") == []
+    assert fix_collectives(plan, timed) == plan
+
+
 def test_the_plan_s_algorithm_is_the_one_that_is_priced() -> None:
     spec = with_sizes(None, layers=2, hidden=512, heads=4, seq_len=64)
     plan = make_plan(spec, Mesh(tp=2), global_batch_size=1, micro_batch_size=1)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.errors import PlanError
-from planner.mesh import Coordinate, Mesh, factorizations
+from planner.mesh import MOST_RANKS, Coordinate, Mesh, factorizations
 
 AXES = ("pp", "dp", "cp", "tp")
 MESHES = st.builds(Mesh, pp=st.integers(1, 4), dp=st.integers(1, 4), cp=st.integers(1, 4), tp=st.integers(1, 4))
@@ -59,6 +59,12 @@ def test_hosts_are_filled_in_rank_order(group, per_host, hosts):
 def test_a_rank_outside_the_mesh_is_refused(rank):
     with pytest.raises(PlanError, match=rf"rank {rank} is outside the mesh of 8 ranks; use 0\.\.7"):
         Mesh(dp=2, tp=4).coordinate(rank)
+
+
+def test_more_ranks_than_can_be_planned_for_are_refused():
+    assert Mesh(dp=2**10, tp=2**10).world_size == MOST_RANKS
+    with pytest.raises(PlanError, match="2097152 ranks exceed the 1048576 that can be planned for; use fewer workers"):
+        Mesh(dp=2**10, tp=2**11)
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -1,7 +1,9 @@
 """Plans: what comes back from JSON, what is refused and how, and a hash of the content alone."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -71,6 +73,12 @@ def test_a_missing_file_is_named(tmp_path):
         load_plan(tmp_path / "no.json")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000], ids=["arrays", "objects"])
+def test_a_file_nested_without_end_is_refused(tmp_path, text):
+    with pytest.raises(DataError, match=r"is not a whole JSON plan: .*; write it again with the planner"):
+        load_plan(written(tmp_path, text))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
 def test_a_truncated_file_is_refused(tmp_path, share):
     text = json.dumps(content(plan()))
@@ -101,6 +109,27 @@ def test_a_malformed_file_is_refused(tmp_path, change, message):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(DataError, match=r"cannot write .*; choose a writable folder"):
         dump_plan(plan(), tmp_path / "nowhere" / "plan.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write .*: Not a directory; choose a writable folder"):
+        dump_plan(plan(), tmp_path / "file" / "plan.json")
+    for folder in (tmp_path, Path(), Path("/")):
+        with pytest.raises(DataError, match=r"cannot write .*: it is a folder; name a file with -o"):
+            dump_plan(plan(), folder)
+
+
+def test_a_link_keeps_pointing_and_a_pipe_stays_a_pipe(tmp_path):
+    """Renaming over `-o /dev/null` would replace the device for everybody, where the user may."""
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "real.json")
+    dump_plan(plan(), link)
+    assert link.is_symlink() and load_plan(tmp_path / "real.json") == plan()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        dump_plan(plan(), pipe)
+        assert pipe.is_fifo() and json.loads(os.read(reader, 1 << 16)) == content(plan())
+    finally:
+        os.close(reader)
 
 
 # ---- choices that cannot be carried out ------------------------------------------------------------------------------
@@ -127,6 +156,17 @@ REFUSED = [
     ("learning rate", {"training": {"learning_rate": -1.0}}, "lr=-1.0 is negative; use lr>=0"),
     ("clip", {"training": {"clip_norm": 0.0}}, "clip-norm=0.0 is not positive; leave it out for no clipping"),
     ("threads", {"training": {"threads_per_rank": 0}}, "threads-per-rank=0; use at least 1"),
+    ("many threads", {"training": {"threads_per_rank": 2**63}}, "use at least 1 and at most 4096"),
+    ("beta", {"training": {"beta1": 1.0}}, "beta1=1.0 forgets nothing or never settles; use 0 <= beta1 < 1"),
+    ("second beta", {"training": {"beta2": 2.0}}, "use 0 <= beta2 < 1"),
+    ("epsilon", {"training": {"epsilon": 0.0}}, "epsilon=0.0, weight_decay=0.01; use epsilon > 0 and weight_decay"),
+    ("ranks", {"dp": 2**21, "batch": 2**21}, "2097152 ranks exceed the 1048576 that can be planned for; use fewer"),
+    ("micro-batches", {"batch": 2**17}, "micro-batches=131072 exceeds the 65536 of a replica.*; use a larger"),
+    ("tensor", {"batch": 2**60, "micro": 2**60}, "elements of a tensor=.* that can be counted; use a"),
+    ("algorithm", {"collectives": {"dp.all_reduce": "x"}}, "collectives.dp.all_reduce='x' is not known; use native or"),
+    ("its algorithm", {"collectives": {"all_to_all": "ring"}}, "all_to_all='ring' is not known; use native or"),
+    ("collective", {"collectives": {"bogus.key": "ring"}}, "collectives name 'bogus.key', which is no collective; use"),
+    ("collective axis", {"collectives": {"ep.all_reduce": "ring"}}, "'ep.all_reduce', which is no collective; use"),
 ]  # fmt: skip
 
 
@@ -288,6 +328,32 @@ def test_replicas_that_share_collectives_in_every_micro_batch_have_as_many():
     for stage in (2, 3):
         assert plan(dp=2, batch=9, micro=1, zero_stage=stage).micro_batches(1) == (1, 1, 1, 1, 0)
     assert plan(dp=2, batch=9, micro=1, zero_stage=1).micro_batches(1) == (1, 1, 1, 1)
+
+
+PROGRAMS = ["0F0,0F1,0B0,0B1", "1F0,1B0,1F1,1B1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"micro_batch_size": 1}, "are of 2 micro-batches, and replicas have 4; write the plan again with the sch"),
+        ({"micro_batch_size": 4}, "are of 2 micro-batches, and replicas have 1; write the plan again with the sch"),
+        ({"forward_only": True}, "0B0 is a backward in a forward-only schedule; remove it"),
+        ({"schedule": {"programs": ["0F0,0F1,0B1", PROGRAMS[1]]}}, r"stage 0 never runs B \(or I and W\) of"),
+        ({"schedule": {"programs": ["0B0,0F0,0F1,0B1", PROGRAMS[1]]}}, "waits forever at 0B0 for 0F0, which it runs"),
+        ({"schedule": {"programs": ["0F0,0F1,0B0,0B0,0B1", PROGRAMS[1]]}}, "0B0 does again what was done before"),
+        ({"schedule": {"programs": ['"' + "0F0," * 40_000, PROGRAMS[1]]}}, "is not CSV: field larger than field limit"),
+    ],
+    ids=["more micro-batches", "fewer", "forward only", "cut short", "reordered", "duplicated", "no CSV"],
+)  # fmt: skip
+def test_explicit_programs_must_be_of_this_step_and_able_to_run(tmp_path, change, message):
+    """A program that leaves a backward out would train on part of the batch and say nothing."""
+    tree = content(plan(pp=2, batch=4, micro=2))
+    tree["schedule"] |= {"name": "custom", "programs": PROGRAMS}
+    assert load_plan(written(tmp_path, tree)).schedule.programs == tuple(PROGRAMS)
+    tree["schedule"] |= change.pop("schedule", {})
+    with pytest.raises(MeshwrightError, match=message):
+        load_plan(written(tmp_path, tree | change))
 
 
 def test_explicit_programs_must_be_of_this_mesh(tmp_path):

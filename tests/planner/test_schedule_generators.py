@@ -1,6 +1,8 @@
 """Generators against the reference programs, the closed forms of the literature, and happens-before."""
 
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,14 @@ from planner.schedule import (
     NAMES,
     Durations,
     Instruction,
+    Schedule,
     check,
-    count_unit_steps,
     from_csv,
     generate,
     lower_communication,
-    merge_backwards,
     model_chunks,
 )
+from planner.schedule.check import Fact, produced, required
 from planner.simulate import ScheduleReplay, replay_schedule
 
 DATA = Path(__file__).parents[1] / "data" / "schedules"
@@ -152,6 +154,50 @@ def test_bubble_and_peak_of_dualpipe_v(p: int) -> None:
     assert max(result.peak_in_flight) == 2 * p + 1
 
 
+def merge_backwards(schedule: Schedule) -> Schedule:
+    """Return the schedule with each I that its W follows at once written as one B, which kernels can run faster."""
+    programs = []
+    for program in schedule.programs:
+        merged: list[Instruction] = []
+        for step in program:
+            if step.op == "W" and merged and merged[-1] == step._replace(op="I"):
+                merged[-1] = step._replace(op="B")
+            else:
+                merged.append(step)
+        programs.append(tuple(merged))
+    return replace(schedule, programs=tuple(programs))
+
+
+def count_unit_steps(schedule: Schedule) -> int:
+    """Return how many steps a schedule takes if each instruction takes one and ranks run one per step.
+
+    In a step, ranks go in order and see what earlier ranks did in it; a rank that could not go on looks once more
+    after the others. This is the measure by which torch tests its lowering (`_simulate_comms_compute`).
+    """
+    lowered = schedule.is_lowered
+    done: set[Fact] = set()
+    cursor = [0] * schedule.num_ranks
+    steps = 0
+
+    def advance(rank: int) -> bool:
+        step = schedule.programs[rank][cursor[rank]]
+        if not done.issuperset(required(step, schedule, lowered=lowered)):
+            return False
+        done.update(produced(step))
+        cursor[rank] += 1
+        return True
+
+    def unfinished() -> list[int]:
+        return [rank for rank, program in enumerate(schedule.programs) if cursor[rank] < len(program)]
+
+    while ranks := unfinished():
+        steps += 1
+        idle = [rank for rank in ranks if not advance(rank)]
+        for rank in idle:
+            advance(rank)
+    return steps
+
+
 def test_lowering_takes_as_many_unit_steps_as_in_torch() -> None:
     compute = from_csv((DATA / "zb1p_2rank_2stagep_compute.csv").read_text())
     assert count_unit_steps(lower_communication(compute)) == 113
@@ -225,3 +271,6 @@ def test_generate_refuses_what_is_not_defined() -> None:
         generate("gpipe", num_ranks=2, num_micro_batches=8, memory_limit=3)
     with pytest.raises(ScheduleError, match=r"memory limit of 0.5 activations; a rank needs at least 1"):
         generate("zb-1p", num_ranks=2, num_micro_batches=8, memory_limit=0.5)
+    for name, limit in (("zb-2p", math.inf), ("zb-1p", math.nan), ("1f1b", math.nan)):
+        with pytest.raises(ScheduleError, match=f"memory limit of {limit} activations; a?"):
+            generate(name, num_ranks=2, num_micro_batches=3, memory_limit=limit)

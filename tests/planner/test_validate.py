@@ -210,6 +210,8 @@ def broken(tmp_path, **changes):
         ({"schedule": "magic"}, "schedule is 'magic'"),
         ({"precision": "int4"}, "precision is 'int4'; known are fp16"),
         ({"heads": "23"}, "hidden=2304 does not divide over heads=23"),
+        ({"zero_stage": "7"}, "zero_stage is '7'; known are 0, 1, 2, 3"),
+        ({"layers": "1e30"}, "layers=1000000000000000019884624838656 exceeds the 4096"),
     ],
 )
 def test_bad_rows_are_skipped_with_their_reason(tmp_path, changes, reason):
@@ -230,6 +232,14 @@ def test_another_schema_is_left_out_with_a_note_and_nothing_predicted_is_an_erro
         validate([other])
     assert run(["validate", str(other)]) == 2
     assert "nothing could be predicted" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_csv_is_left_out_with_a_note(tmp_path):
+    (tmp_path / "wide.csv").write_text(",".join(COLUMNS) + "\n" + "x" * 200_000, encoding="utf-8")
+    with pytest.raises(DataError, match="nothing could be predicted"):
+        validate([tmp_path / "wide.csv"])
+    with pytest.raises(DataError, match=r"is not CSV \(field larger than field limit"):
+        read_published(tmp_path / "wide.csv")
 
 
 def test_the_command_prints_the_document_and_draws_the_chart(tmp_path, capsys):
