@@ -24,14 +24,7 @@ import numpy.typing as npt
 
 from executor.random import Words, bits_at, derive_key
 from planner.errors import DataError
-from planner.model import ModelSpec
-
-NUM_BYTES = 256
-PAD = 256
-MASK = 257
-CLS = 258
-SEP = 259
-BYTE_VOCAB = 260
+from planner.model import BYTE_VOCAB, MASK, NUM_BYTES, ModelSpec
 
 SELECT_PROBABILITY = 0.15
 # Of one uniform draw in [0, 1): below the first bound MASK, below the second a random token, below 0.15 unchanged.

@@ -81,35 +81,6 @@ def bits_at(key: int, indices: npt.ArrayLike) -> Words:
     return words
 
 
-def uniform(
-    key: int,
-    shape: Sequence[int],
-    indices: Sequence[Indices] | None = None,
-    *,
-    dtype: npt.DTypeLike = np.float32,
-    out: Array | None = None,
-) -> Array:
-    """Draw part of a tensor of uniform numbers in the open interval (0, 1).
-
-    Args:
-        key: the stream, from `derive_key`.
-        shape: shape of the whole tensor.
-        indices: for each dimension the global indices wanted; None means the whole tensor.
-        dtype: float32 or float64; values are drawn with 52 bits, then rounded.
-        out: C-contiguous array of the part's shape to write into.
-
-    Returns:
-        The part, equal to the same part cut out of the whole tensor.
-    """
-    part, chunks = _open_part(key, shape, indices, dtype, out)
-    below_one = np.nextafter(np.asarray(1, part.dtype), np.asarray(0, part.dtype))
-    for block, words in chunks:
-        values = _unit_interval(words)
-        block[...] = values
-        np.minimum(block, below_one, out=block)  # rounding to float32 may reach 1
-    return part
-
-
 def normal(
     key: int,
     shape: Sequence[int],

@@ -4,8 +4,10 @@
 
     machine = planner.load_machine()
     found = planner.suggest(planner.with_sizes(layers=12), 8, machine, global_batch_size=16)
-    prediction = planner.predict(found.plans[0].plan, machine)
-    comparison = planner.compare(prediction, planner.load_measurement(Path("measured.json")))
+    planner.dump_plan(found.plans[0].plan, Path("best.json"))
+
+    measurement = planner.load_measurement(Path("measured.json"))
+    comparison = planner.compare(planner.predict(measurement.plan, machine), measurement)
 
 These are the calls that the command line makes. Names are loaded on first use, so that importing the package is fast.
 """

@@ -88,7 +88,6 @@ class Observation(NamedTuple):
     """What one rank class spent under one key in a step."""
 
     run: int
-    key: str
     task: Task
     calls: int
     rank: int
@@ -183,7 +182,7 @@ def observations(run: int, measurement: Measurement) -> list[Observation]:
         for key, (task, calls, uniform) in _tasks_by_key(measurement.plan, members[0]).items():
             each = [seconds for rank in members for seconds in spent[rank, key]]
             if each:  # disturbances only ever add, so that of two calls the shorter stands
-                found.append(Observation(run, key, task, calls, members[0], uniform, median_low(each) * calls))
+                found.append(Observation(run, task, calls, members[0], uniform, median_low(each) * calls))
     return found
 
 

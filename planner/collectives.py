@@ -210,9 +210,9 @@ class LayerCost(NamedTuple):
     update: dict[str, dict[str, float]]
 
 
-def layer_costs(ranks: int = 2) -> list[LayerCost]:
-    """Return what each choice of layouts costs one encoder layer, read off the plans that it makes on `ranks` ranks."""
-    return [_layer_cost(choice, axis, options, ranks) for choice, axis, options in _LAYER_CHOICES]
+def layer_costs() -> list[LayerCost]:
+    """Return what each choice of layouts costs one encoder layer, read off the plans that it makes on two ranks."""
+    return [_layer_cost(choice, axis, options, ranks=2) for choice, axis, options in _LAYER_CHOICES]
 
 
 def _layer_cost(choice: str, axis: str, options: dict[str, Any], ranks: int) -> LayerCost:

@@ -188,10 +188,6 @@ class _Builder:
         extras = [Parameter(f"{block}.split_heads.bias", ("qkv",), "zeros")] if spec.qkv_bias else []
         if spec.qk_norm:
             extras += [Parameter(f"{block}.split_heads.{x}_gain", ("head_dim",), "ones") for x in "qk"]
-        local = spec.attention_window is not None and not (
-            spec.global_attention_every and layer % spec.global_attention_every == 0
-        )
-        theta = spec.rope_local_theta if local and spec.rope_local_theta else spec.rope_theta
         self.add(
             block, "split_heads", "split_heads", (qkv,),
             (
@@ -201,12 +197,12 @@ class _Builder:
             ),
             parameters=tuple(extras),
             saved=self.qk_saved(block),
-            attributes={"theta": theta if spec.positions == "rotary" else None},
+            attributes={"theta": spec.theta(layer) if spec.positions == "rotary" else None},
         )  # fmt: skip
         self.add(
             block, "attention", "attention", (f"{block}.q", f"{block}.k", f"{block}.v"),
             (Tensor(f"{block}.attended", ("seq", "batch", "attended")),),
-            attributes={"window": spec.attention_window if local else None, "causal": spec.causal, "layer": layer},
+            attributes={"window": spec.window(layer), "causal": spec.causal, "layer": layer},
         )  # fmt: skip
         out = Tensor(f"{block}.attention_out", HIDDEN)
         self.linear(block, "attention_out", f"{block}.attended", out, ("attended", "hidden"))

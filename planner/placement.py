@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -65,11 +64,6 @@ class Placement:
     plan: Plan
     at: Coordinate
     batch: int = 1
-
-    @cached_property
-    def _head_range(self) -> tuple[int, int]:
-        starts = offsets(self.plan.parts.heads)
-        return starts[self.at.tp], starts[self.at.tp + 1]
 
     def part(self, unit: str, axes: Collection[str], at: Coordinate | None = None) -> Ranges:
         """Index ranges of a splittable unit ("seq", "heads", "ffn", "vocab") over `axes`, in the order held."""

@@ -26,20 +26,6 @@ def split_evenly(size: int, parts: int) -> tuple[int, ...]:
     return tuple(quotient + (i < remainder) for i in range(parts))
 
 
-def split_by_speed(size: int, speeds: Sequence[float]) -> tuple[int, ...]:
-    """Part sizes proportional to relative speeds, by largest remainder, at least one each where size allows."""
-    ideal = [size * speed / sum(speeds) for speed in speeds]
-    sizes = [int(share) for share in ideal]
-    by_remainder = sorted(range(len(speeds)), key=lambda i: sizes[i] - ideal[i])
-    for i in by_remainder[: size - sum(sizes)]:
-        sizes[i] += 1
-    while size >= len(speeds) and 0 in sizes:
-        giver = max((i for i, held in enumerate(sizes) if held > 1), key=lambda i: sizes[i] - ideal[i])
-        sizes[giver] -= 1
-        sizes[sizes.index(0)] = 1
-    return tuple(sizes)
-
-
 def offsets(sizes: Sequence[int]) -> tuple[int, ...]:
     """Where each part starts, and the end of the last."""
     return (0, *accumulate(sizes))
@@ -52,7 +38,11 @@ def zigzag_sizes(size: int, parts: int) -> tuple[int, ...]:
 
 
 def ranges(sizes: Sequence[int], part: int, order: Order = "contiguous") -> Ranges:
-    """The index ranges that `part` holds, in the order in which it holds them."""
+    """The index ranges that `part` holds, in the order in which it holds them.
+
+    Raises:
+        PlanError: the parts of the zig-zag order have other sizes than `zigzag_sizes`.
+    """
     if order == "contiguous":
         starts = offsets(sizes)
         return ((starts[part], starts[part + 1]),)

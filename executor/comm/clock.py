@@ -13,6 +13,9 @@ import numpy.typing as npt
 from executor.comm.base import CLOCK_TAG
 from executor.comm.communicator import Communicator
 
+ROUNDS = 32
+"""Questions per rank, of which the one answered fastest counts."""
+
 
 class ClockOffsets(NamedTuple):
     """What to add to each rank's clock to read rank 0's, and how far off that can be.
@@ -61,9 +64,7 @@ class ClockWatch:
         }
 
 
-def clock_offsets(
-    comm: Communicator, *, rounds: int = 32, clock: Callable[[], float] = time.perf_counter
-) -> ClockOffsets:
+def clock_offsets(comm: Communicator, *, clock: Callable[[], float] = time.perf_counter) -> ClockOffsets:
     """Estimate every rank's clock offset to rank 0; collective over the job.
 
     Each rank asks rank 0 for its time; the answer T belongs to some moment between asking at t0 and hearing at t1, so
@@ -72,7 +73,6 @@ def clock_offsets(
 
     Args:
         comm: the job.
-        rounds: questions per rank.
         clock: this rank's clock, in seconds.
 
     Returns:
@@ -84,13 +84,13 @@ def clock_offsets(
         message = np.zeros(1)
         if comm.rank == 0:
             for peer in range(1, comm.size):
-                for _ in range(rounds):
+                for _ in range(ROUNDS):
                     channel.irecv(message, peer, CLOCK_TAG).wait()
                     message[0] = clock()
                     channel.isend(message, peer, CLOCK_TAG, synchronous=False).wait()
         else:
             best_trip = math.inf
-            for _ in range(rounds):
+            for _ in range(ROUNDS):
                 asked = clock()
                 channel.isend(message, 0, CLOCK_TAG, synchronous=False).wait()
                 channel.irecv(message, 0, CLOCK_TAG).wait()

@@ -88,12 +88,6 @@ class Device(Protocol):
     def download(self, array: Array) -> NDArray[Any]:
         """An array's values on the host, after waiting for what writes them."""
 
-    def staging(self, array: Array) -> NDArray[Any]:
-        """Host memory shaped like a device array, to be filled and given to `store`: on the host, the array itself."""
-
-    def store(self, array: Array, values: NDArray[Any]) -> None:
-        """Copy host values into a device array."""
-
     def number(self, value: Any) -> float:
         """A scalar as a host float, after waiting for what computes it."""
 
@@ -154,15 +148,6 @@ class HostDevice:
     def download(self, array: Array) -> NDArray[Any]:
         """The array itself."""
         return array
-
-    def staging(self, array: Array) -> NDArray[Any]:
-        """The array itself."""
-        return array
-
-    def store(self, array: Array, values: NDArray[Any]) -> None:
-        """Copy, unless the values lie there already."""
-        if array is not values:
-            array[...] = values
 
     def number(self, value: Any) -> float:
         """As a float."""

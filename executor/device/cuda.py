@@ -68,7 +68,7 @@ class CudaDevice:
         return self.empty((nbytes,), np.dtype(np.uint8))
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An uninitialised array from CuPy's pool."""
+        """An uninitialised array from CuPy's pool; `DeviceMemoryError` where there is no room."""
         try:
             array: Array = self.cupy.empty(shape, dtype)
         except self.cupy.cuda.memory.OutOfMemoryError as error:
@@ -82,7 +82,7 @@ class CudaDevice:
         if not array.nbytes:
             return target
         if array.nbytes > LARGE_UPLOAD_BYTES:
-            self.store(target, array)
+            self._store(target, array)
             return target
         while self._uploads and self._uploads[0][0].done:
             self.pinned.give(self._uploads.popleft()[1])
@@ -98,11 +98,7 @@ class CudaDevice:
         result: NDArray[Any] = array.get(stream=self.compute)  # type: ignore[attr-defined]
         return result
 
-    def staging(self, array: Array) -> NDArray[Any]:
-        """Ordinary host memory of the array's shape and type."""
-        return np.empty(array.shape, array.dtype)
-
-    def store(self, array: Array, values: NDArray[Any]) -> None:
+    def _store(self, array: Array, values: NDArray[Any]) -> None:
         """Copy host values in; waits, since the values may be anywhere in host memory."""
         array.set(np.ascontiguousarray(values), stream=self.compute)  # type: ignore[attr-defined]
         self.compute.synchronize()

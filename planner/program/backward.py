@@ -237,7 +237,7 @@ class StageBackward:
             if packed is not None:
                 buffer = forward.buffers[name]
                 selector = operator.inputs[i].rsplit(".", 1)[-1]
-                forward.buffers[name] = Buffer(name, buffer.shape, buffer.root, selector, "buffers")
+                forward.buffers[name] = Buffer(buffer.shape, buffer.root, selector, "buffers")
             targets.append(name)
         if implementation == "ring":
             self._ring_backward(operator, grads[0], (q, k, v), targets)

@@ -62,7 +62,6 @@ class Edge:
     """A consumer's view of a tensor: the buffer it reads, and the layouts in which it leaves the gradient."""
 
     buffer: str
-    layouts: Layouts
     grad_layouts: Layouts
 
 
@@ -111,7 +110,7 @@ class StageForward:
             self._shapes[place] = shape
         kind = dtype or ("statistics" if dims in STATISTICS_DIMS else "compute")
         root = self.buffers[root].root if root in self.buffers else (root or name)
-        self.buffers[name] = Buffer(name, shape, root, selector, category, kind)
+        self.buffers[name] = Buffer(shape, root, selector, category, kind)
         self.dims[name], self.layouts[name] = dims, layouts
         return self.buffers[name]
 
@@ -188,12 +187,12 @@ class StageForward:
         need = {axis: self.signature(operator, axis).inputs[i] for axis in self.axes}
         grads = {axis: self.signature(operator, axis).grad_inputs[i] for axis in self.axes}
         if tensor in EXTERNAL:
-            self.edges[operator.name, i] = Edge(tensor, need, grads)
+            self.edges[operator.name, i] = Edge(tensor, grads)
             return tensor
         name = tensor
         for axis in reversed(self.axes):  # inner axes first: gathering tp restores a whole part of cp
             name = self.redistribute(name, tensor, axis, need[axis], out, "forward")
-        self.edges[operator.name, i] = Edge(name, need, grads)
+        self.edges[operator.name, i] = Edge(name, grads)
         return name
 
     def redistribute(
@@ -313,7 +312,7 @@ class StageForward:
 
     def _declare_probabilities(self, name: str, dims: tuple[str, ...], q: str, k: str) -> None:
         (queries, batch, heads, _), keys = self.buffers[q].shape, self.buffers[k].shape[0]
-        self.buffers[name] = Buffer(name, (batch, heads, queries, keys), name)
+        self.buffers[name] = Buffer((batch, heads, queries, keys), name)
         self.dims[name], self.layouts[name] = dims, dict(self.layouts[q])
 
     def _ring_forward(
@@ -370,7 +369,7 @@ class StageForward:
             result = f"{name.split('@ring')[0]}@ring{step}"
             shape = list(self.buffers[name].shape)
             shape[0] = self.sizes.ring_extent("seq", step)
-            self.buffers[result] = Buffer(result, tuple(shape), result, None, "buffers")
+            self.buffers[result] = Buffer(tuple(shape), result, None, "buffers")
             self.dims[result], self.layouts[result] = self.dims[name], self.layouts[name]
             results.append(result)
         payload = self.bytes_of(*names)

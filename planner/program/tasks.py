@@ -29,9 +29,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """A named array of a segment. `root` owns the memory; a buffer with another root is a view of (or replaces) it."""
+    """An array of a segment. `root` owns the memory; a buffer with another root is a view of (or replaces) it."""
 
-    name: str
     shape: tuple[Count, ...]
     root: str
     selector: str | None = None  # which part of the root's packed columns a view shows: "q", "k" or "v"

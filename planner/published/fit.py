@@ -61,7 +61,6 @@ def _cauchy(residuals: Floats) -> Floats:
 class Loss(NamedTuple):
     """What turns relative errors into residuals, and the error at which a row's pull stops growing."""
 
-    name: str
     scale: float
     residual: Callable[[Floats], Floats]
 
@@ -70,7 +69,7 @@ class Loss(NamedTuple):
         return self.residual(errors / self.scale)
 
 
-LOSSES = (Loss("soft-l1", 0.03, _soft_l1), Loss("cauchy", 0.05, _cauchy))
+LOSSES = (Loss(0.03, _soft_l1), Loss(0.05, _cauchy))
 """Rows that scatter want the first; the second lets go of rows that ran something else than their columns say."""
 
 

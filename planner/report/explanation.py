@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.compare import key_seconds
-from planner.report.suggestion import bounds, choices_text, gain_sentence, mesh_text
+from planner.report.suggestion import bounds, choices_text, gain_sentence, mesh_text, plan_text
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, percent_text, rate_text, seconds_text
 from planner.search.explain import Crossing, Variation
@@ -140,7 +140,7 @@ def _changes(changes: Sequence[Variation], before: Ranked) -> Table:
             continue
         plan, prediction = each.best.plan, each.best.prediction
         gain = prediction.tokens_per_second / rate - 1
-        name = "the same" if each.same else f"{mesh_text(plan)}, {choices_text(plan)}".removesuffix(", –")
+        name = "the same" if each.same else plan_text(plan)
         table.add_row(
             title,
             f"{name}, micro {plan.micro_batch_size}",

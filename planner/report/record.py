@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.compare import breakdown, key_seconds
-from planner.report.suggestion import choices_text, mesh_text
+from planner.report.suggestion import plan_text
 from planner.report.tables import new_table
 from planner.report.timeline import RecordTimelines
 from planner.report.units import bytes_text, count_text, flops_text, percent_text, rate_text, seconds_text
@@ -39,7 +39,7 @@ def record_view(record: Record, path: str) -> RenderableType:
 
 def _figures(record: Record, title: str) -> Table:
     table = new_table(title, header=False)
-    table.add_row("plan", f"{record.plan_hash}: {mesh_text(record.plan)}, {choices_text(record.plan)}")
+    table.add_row("plan", f"{record.plan_hash}: {plan_text(record.plan)}")
     table.add_row("step", _step_text(record))
     table.add_row("tokens/s", rate_text(record.tokens_per_second))
     peak = f"{flops_text(record.machine.peak_flops_per_second)} {record.machine.precision}"

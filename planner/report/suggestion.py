@@ -111,6 +111,12 @@ def choices_text(plan: Plan) -> str:
     return ", ".join(words) or "–"
 
 
+def plan_text(plan: Plan) -> str:
+    """The mesh, and what else tells the plan from others on the same mesh."""
+    choices = choices_text(plan)
+    return mesh_text(plan) if choices == "–" else f"{mesh_text(plan)}, {choices}"
+
+
 def _usual_layouts(plan: Plan) -> dict[str, dict[str, str]]:
     return standard_layouts(
         distinct_operators(plan.model), sequence_parallel=plan.sequence_parallel, cp_kind=plan.cp_kind
@@ -149,7 +155,7 @@ def _table(found: Suggestion, ties: int) -> Table:
         plan, prediction = each.plan, each.prediction
         table.add_row(
             f"{rank}=" if 1 < ties >= rank else str(rank),
-            mesh_text(plan) + (f", {choices}" if (choices := choices_text(plan)) != "–" else ""),
+            plan_text(plan),
             f"{plan.micro_batch_size}×{num_micro_batches(plan)}",
             seconds_text(prediction.step_seconds),
             f"{seconds_text(prediction.low_seconds)}–{seconds_text(prediction.high_seconds)}",
@@ -203,7 +209,7 @@ def gain_sentence(found: Suggestion, place: int) -> str:
     """Return what the best plan gains over another one, counted from 0, and where."""
     first, second = found.plans[0], found.plans[place]
     step, other = first.prediction.step_seconds, second.prediction.step_seconds
-    names = f"#1 ({mesh_text(first.plan)}) over #{place + 1} ({mesh_text(second.plan)})"
+    names = f"#1 ({plan_text(first.plan)}) over #{place + 1} ({plan_text(second.plan)})"
     ours, theirs = breakdown(first.prediction), breakdown(second.prediction)
     gains = {place: theirs[place] - ours[place] for place in PLACES}
     told = sorted((p for p in PLACES if abs(gains[p]) >= MATTERS * step), key=lambda p: -abs(gains[p]))

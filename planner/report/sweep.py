@@ -24,7 +24,7 @@ from planner.report.chart import (
     page,
     text,
 )
-from planner.report.suggestion import MATTERS, PLACE_NAMES, choices_text, mesh_text
+from planner.report.suggestion import MATTERS, PLACE_NAMES, choices_text, plan_text
 from planner.report.tables import new_table
 from planner.report.units import bytes_text, count_text, percent_text, rate_text, seconds_text
 from planner.search.sweep import Point, Sweep
@@ -119,7 +119,7 @@ def _cells(found: Sweep, point: Point, names: Sequence[str]) -> Iterator[str]:
     yield count_text(point.workers)
     if found.weak:
         yield count_text(point.global_batch_size)
-    yield f"{mesh_text(plan)}, {choices_text(plan)}".removesuffix(", –")
+    yield plan_text(plan)
     yield seconds_text(prediction.step_seconds)
     yield rate_text(prediction.tokens_per_second)
     yield percent_text(prediction.mfu)

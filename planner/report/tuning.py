@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner.report.suggestion import choices_text, mesh_text, num_micro_batches
+from planner.report.suggestion import choices_text, mesh_text, num_micro_batches, plan_text
 from planner.report.tables import new_table
 from planner.report.units import percent_text, seconds_text
 from planner.search.suggest import Ranked
@@ -69,7 +69,7 @@ def _table(found: Tuning, plans: Sequence[Ranked]) -> Table:
 
 def _cells(each: Tuned, ranked: Ranked) -> Iterator[str]:
     plan = ranked.plan
-    yield f"{mesh_text(plan)}, {choices_text(plan)}".removesuffix(", –")
+    yield plan_text(plan)
     yield f"{plan.micro_batch_size}×{num_micro_batches(plan)}"
     yield seconds_text(each.predicted_seconds)
     yield seconds_text(each.measured_seconds)
@@ -100,6 +100,6 @@ def sentences(found: Tuning, plans: Sequence[Ranked]) -> Iterator[str]:
     plan = plans[more.place].plan
     low, high = seconds_text(more.low_seconds), seconds_text(more.high_seconds)
     yield (
-        f"Next to measure: #{more.place + 1}, {mesh_text(plan)}, {choices_text(plan)}; it should take {low} to {high}, "
+        f"Next to measure: #{more.place + 1}, {plan_text(plan)}; it should take {low} to {high}, "
         f"which overlaps with the best by {seconds_text(more.overlap_seconds)}, the most of those not run."
     )

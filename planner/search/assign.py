@@ -69,7 +69,6 @@ class _Node:
 class _Tensor:
     """A tensor's producer output and all its consumers, with how often each transition happens."""
 
-    name: str
     dims: tuple[str, ...]
     producer: int
     output: int
@@ -81,7 +80,7 @@ def best_signatures(plan: Plan, machine: Machine) -> Assignment:
     """Find the cheapest signatures on the tensor axis for the sizes of a plan.
 
     Raises:
-        PlanError: the plan has no tensor axis to assign.
+        PlanError: the plan has no tensor axis to assign, or no assignment is possible.
     """
     if plan.mesh.tp == 1:
         raise PlanError("tp=1 leaves nothing to assign; use a plan with tp>=2")
@@ -126,15 +125,15 @@ class _Problem:
                     readers[name].append((index[node.operator.name], k))
         first = next(name for name in ("embedding.normed", "embedding.sum") if name in made)
         result = [
-            _Tensor(name, dims, producer, k, readers[name], self.nodes[producer].weight)
+            _Tensor(dims, producer, k, readers[name], self.nodes[producer].weight)
             for name, (producer, k, dims) in made.items()
             if readers[name] and name not in (own_output, first)
         ]
         producer, k, dims = made[own_output]
-        result.append(_Tensor(own_output, dims, producer, k, readers[own_input], layers - 1))
-        result.append(_Tensor(own_output, dims, producer, k, readers[last], 1))
+        result.append(_Tensor(dims, producer, k, readers[own_input], layers - 1))
+        result.append(_Tensor(dims, producer, k, readers[last], 1))
         producer, k, dims = made[first]
-        result.append(_Tensor(first, dims, producer, k, readers[own_input], 1))
+        result.append(_Tensor(dims, producer, k, readers[own_input], 1))
         return result
 
     # ---- costs -------------------------------------------------------------------------------------------------------

@@ -54,11 +54,6 @@ class Sweep:
     dollars_per_hour: float | None
     price_provenance: str = ""
 
-    @property
-    def base(self) -> Point | None:
-        """The point that speedups are relative to."""
-        return next((point for point in self.points if point.best is not None), None)
-
 
 def parse_workers(text: str) -> tuple[int, ...]:
     """Read `8..16384` (the ends and the powers of two between), or a list such as `8,12,16`.

@@ -19,19 +19,14 @@ from planner.trace import Prediction
 RUN_LOG_SIGMA = 0.003
 """Spread of log step time between two runs of one plan on a quiet machine."""
 
-
 FAR = 0.1
 """Plans whose steps lie further apart than this share are no ties, whatever terms cancel in them."""
 
 Terms = Mapping[Term, float]
 
 
-def gap_sigma_seconds(first: Prediction, second: Prediction, residuals: Residuals) -> float:
-    """Return the standard deviation of the error in the difference of two plans' step times."""
-    return _sigma(decompose(first), decompose(second), first.step_seconds, residuals)
-
-
 def _sigma(ours: Terms, theirs: Terms, step_seconds: float, residuals: Residuals) -> float:
+    """Return the standard deviation, in seconds, of the error in the difference of two plans' step times."""
     square = 2 * (RUN_LOG_SIGMA * step_seconds) ** 2
     for term in dict.fromkeys((*ours, *theirs)):
         moves = term.cause in ("collective", "transfer", "waiting")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.data import BYTE_VOCAB, MASK, Batches
+from executor.data import Batches
 from planner.errors import DataError
-from planner.model import ModelSpec
+from planner.model import BYTE_VOCAB, MASK, ModelSpec
 
 
 def spec(**changes):

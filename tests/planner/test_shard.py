@@ -17,7 +17,6 @@ from planner.shard import (
     packed_qkv,
     ranges,
     shared_kv_heads,
-    split_by_speed,
     split_evenly,
     within,
     zigzag_sizes,
@@ -37,20 +36,10 @@ def test_twelve_heads_over_eight_ranks():
     assert split_evenly(12, 8) == (2, 2, 2, 2, 1, 1, 1, 1)
 
 
-@given(st.integers(0, 500), st.lists(st.floats(0.05, 20), min_size=1, max_size=12))
-def test_parts_by_speed_add_up_and_keep_to_the_ideal(size, speeds):
-    sizes = split_by_speed(size, speeds)
-    assert sum(sizes) == size
-    assert min(sizes) >= (1 if size >= len(speeds) else 0)
-    ideal = [size * s / sum(speeds) for s in speeds]
-    if min(ideal) >= 1:
-        assert all(abs(got - want) < 1 for got, want in zip(sizes, ideal, strict=True))
-
-
-@given(st.integers(1, 12), st.integers(2, 24), st.sampled_from(["contiguous", "zigzag"]), st.integers(0, 200))
-def test_parts_partition_the_indices(parts, extra, order, size):
-    size = size + 2 * parts
-    sizes = zigzag_sizes(size, parts) if order == "zigzag" else split_by_speed(size, [extra + i for i in range(parts)])
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.sampled_from(["contiguous", "zigzag"]))
+def test_parts_partition_the_indices(uneven, order):
+    size, parts = sum(uneven), len(uneven)
+    sizes = zigzag_sizes(size, parts) if order == "zigzag" else tuple(uneven)
     held = [indices(ranges(sizes, part, order)) for part in range(parts)]
     assert [len(h) for h in held] == list(sizes)
     assert sorted(np.concatenate(held)) == list(range(size))
