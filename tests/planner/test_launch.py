@@ -178,8 +178,10 @@ pathlib.Path(sys.argv[1], str(os.getpid())).touch()
 time.sleep(100)
 """
 
+# A shell's background job, and so these tests in one, starts with SIGINT ignored.
 STARTER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from planner.launch import find_launcher, launch, launch_command, launch_environment
 program = [sys.executable, "-c", sys.argv[1], sys.argv[2]]
 command = launch_command(find_launcher(), 3, program, cores=1, root=True)
