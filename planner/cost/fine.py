@@ -28,21 +28,20 @@ WHOLE_MESH_RANKS = 32
 
 def representatives(plan: Plan) -> list[Coordinate]:
     """One coordinate per part size along each axis, for every pipeline rank."""
-    along = axis_classes(plan)
-    firsts = (sorted(set(_firsts(along[axis]))) for axis in ("dp", "cp", "tp"))
-    return [Coordinate(*at) for at in product(range(plan.mesh.pp), *firsts)]
+    dp, cp, tp = (sorted(set(firsts)) for firsts in _firsts(plan))
+    return [Coordinate(*at) for at in product(range(plan.mesh.pp), dp, cp, tp)]
 
 
 def _representative_of(plan: Plan) -> dict[int, int]:
     """The rank that is replayed for each rank."""
-    mesh, along = plan.mesh, axis_classes(plan)
-    dp, cp, tp = (_firsts(along[axis]) for axis in ("dp", "cp", "tp"))
+    mesh, (dp, cp, tp) = plan.mesh, _firsts(plan)
     return {mesh.rank(at): mesh.rank(Coordinate(at.pp, dp[at.dp], cp[at.cp], tp[at.tp])) for at in mesh.coordinates()}
 
 
-def _firsts(classes: list[object]) -> list[int]:
-    """For each element the index of the first that equals it."""
-    return [classes.index(each) for each in classes]
+def _firsts(plan: Plan) -> tuple[list[int], ...]:
+    """Along dp, cp and tp: for each coordinate the first whose work equals its own."""
+    along = axis_classes(plan)
+    return tuple([along[axis].index(work) for work in along[axis]] for axis in ("dp", "cp", "tp"))
 
 
 @dataclass(slots=True)

@@ -53,8 +53,10 @@ class Problem:
         """Return the problem of one stage per rank.
 
         Raises:
-            ScheduleError: the memory limit leaves no room for one activation.
+            ScheduleError: no micro-batch, or the memory limit leaves no room for one activation.
         """
+        if num_micro_batches < 1:
+            raise ScheduleError(f"num_micro_batches is {num_micro_batches}; give at least 1")
         if not 1 <= memory_limit < math.inf:
             raise ScheduleError(
                 f"memory limit of {memory_limit:g} activations; a rank needs at least 1, and a finite number"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from planner.search.assign import Assignment
 
 REPLAY_SPANS = 40_000
-"""Spans to replay, under a second's work; a count and not a time, so that the answer does not depend on the load."""
+"""Spans to predict, under a second's work; a count and not a time, so that the answer does not depend on the load."""
 
 LARGE_MESH_SPANS = 40_000  # what laying out a mesh beyond `WHOLE_MESH_RANKS` costs, in spans
 ALWAYS_REPLAYED = 2
