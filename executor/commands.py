@@ -105,7 +105,8 @@ def warn_of_slow_kernels() -> None:
         print(f"warning: {complaint}", file=sys.stderr)
     if not FUSED:
         print(
-            "warning: the plain NumPy kernels ran, which are slower; install numba for the fused ones", file=sys.stderr
+            "warning: the plain NumPy kernels ran, which are slower; the fused ones need numba and a NumPy with BLAS",
+            file=sys.stderr,
         )
 
 

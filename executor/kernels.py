@@ -14,10 +14,15 @@ from __future__ import annotations
 import importlib.util
 import os
 
+from executor.blas import gemm_addresses
 from executor.reference.arrays import Activation, Floats, Ints
 from executor.reference.masking import Masking
 
-FUSED: bool = os.environ.get("MESHWRIGHT_KERNELS") != "reference" and importlib.util.find_spec("numba") is not None
+FUSED: bool = (
+    os.environ.get("MESHWRIGHT_KERNELS") != "reference"
+    and importlib.util.find_spec("numba") is not None
+    and gemm_addresses() is not None
+)
 
 if FUSED:
     from executor.fused.activation import activation_backward, activation_forward, gated_backward, gated_forward

@@ -5,20 +5,25 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import threadpoolctl
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils as untyped_cgutils
-from numba.np import linalg as untyped_linalg
 
+from executor.blas import gemm_addresses
 from executor.environment import AVX512_KERNELS
 from executor.fused.compile import helper, intrinsic, kernel
 from executor.reference.arrays import Floats
-from executor.threads import blas_threads
 
 cgutils: Any = untyped_cgutils
-linalg: Any = untyped_linalg
+
+GEMM = {types.float32: "meshwright_sgemm", types.float64: "meshwright_dgemm"}
+"""What compiled code calls NumPy's cblas_?gemm: cached kernels find it by name in every process."""
+
+for _symbol, _address in zip(GEMM.values(), gemm_addresses() or (), strict=False):
+    binding.add_symbol(_symbol, _address)
+
+ROW_MAJOR, AS_STORED, TRANSPOSED = 101, 111, 112  # of cblas.h
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -26,42 +31,31 @@ def _xgemm(
     typing_context: Any, ta: Any, tb: Any, m: Any, n: Any, k: Any, alpha: Any, a: Any, lda: Any, b: Any, ldb: Any,
     beta: Any, c: Any, ldc: Any,
 ) -> Any:  # fmt: skip
-    """Column-major ?gemm of scipy.linalg.cython_blas, through the C function that Numba's own np.dot calls."""
-    integer = types.intp
-    signature = types.void(
-        types.boolean, types.boolean, integer, integer, integer, c.dtype, a, integer, b, integer, c.dtype, c, integer
-    )
-    kind = ord("s") if c.dtype == types.float32 else ord("d")
+    """cblas_?gemm on row-major matrices.
+
+    Sizes are passed as 64 bits whatever the library's integers are: one of 32 bits reads the low half of the same
+    register or 8-byte stack slot (the calling conventions of x86-64 and AArch64 on Linux).
+    """
+    size = types.intp
+    signature = types.void(types.boolean, types.boolean, size, size, size, c.dtype, a, size, b, size, c.dtype, c, size)
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        linalg.ensure_blas()
         ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc = arguments
-        char, size, pointer = ir.IntType(8), cgutils.intp_t, ir.IntType(8).as_pointer()
+        integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
 
-        def letter(flag: Any) -> Any:
-            return builder.select(builder.trunc(flag, ir.IntType(1)), char(ord("t")), char(ord("n")))
-
-        def slot(value: Any) -> Any:
-            return builder.bitcast(cgutils.alloca_once_value(builder, value), pointer)
+        def form(flag: Any) -> Any:
+            return builder.select(builder.trunc(flag, ir.IntType(1)), integer(TRANSPOSED), integer(AS_STORED))
 
         def data(kind: Any, value: Any) -> Any:
             return builder.bitcast(context.make_array(kind)(context, builder, value).data, pointer)
 
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(
-                ir.IntType(32),
-                [char, char, char, size, size, size, pointer, pointer, size, pointer, size, pointer, pointer, size],
-            ),
-            "numba_xxgemm",
-        )
-        builder.call(
-            function,
-            [
-                char(kind), letter(ta), letter(tb), m, n, k, slot(alpha), data(sig.args[6], a), lda,
-                data(sig.args[8], b), ldb, slot(beta), data(sig.args[11], c), ldc,
-            ],
-        )  # fmt: skip
+        actual = [
+            integer(ROW_MAJOR), form(ta), form(tb), m, n, k, alpha, data(sig.args[6], a), lda,
+            data(sig.args[8], b), ldb, beta, data(sig.args[11], c), ldc,
+        ]  # fmt: skip
+        prototype = ir.FunctionType(ir.VoidType(), [value.type for value in actual])
+        function = cgutils.get_or_insert_function(builder.module, prototype, GEMM[sig.args[11].dtype])
+        builder.call(function, actual)
         return context.get_dummy_value()
 
     return signature, generate
@@ -75,11 +69,11 @@ def leading(x: Any) -> Any:
 
 @helper
 def gemm(alpha: Any, a: Any, transpose_a: Any, b: Any, transpose_b: Any, beta: Any, out: Any) -> None:
-    """Compute out = alpha op(a) op(b) + beta out, row-major: BLAS computes the transposed problem."""
+    """Compute out = alpha op(a) op(b) + beta out."""
     m, n = out.shape
     k = a.shape[0] if transpose_a else a.shape[1]
     if m > 0 and n > 0:
-        _xgemm(transpose_b, transpose_a, n, m, k, alpha, b, leading(b), a, leading(a), beta, out, leading(out))
+        _xgemm(transpose_a, transpose_b, m, n, k, alpha, a, leading(a), b, leading(b), beta, out, leading(out))
 
 
 @helper
@@ -155,9 +149,4 @@ def matmul(
     if inner != inner_b or out.shape != (rows, columns):
         raise ValueError(f"matmul of [{rows}, {inner}] and [{inner_b}, {columns}] into {list(out.shape)}")
     assert _adjacent(a) and _adjacent(b) and _adjacent(out), "BLAS takes strided rows of adjacent elements"
-    if transpose_a and not transpose_b and not accumulate and blas_threads() == 1:
-        # NumPy's own BLAS is newer than SciPy's: 2 to 9% faster at weight gradients. With several threads the idle ones
-        # of one library spin on the cores that the other's need, and the step takes three times as long.
-        np.matmul(a.T, b, out=out)
-        return
     _matmul[out.dtype](a, b, out, transpose_a, transpose_b, 1.0 if accumulate else 0.0)
