@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.device.base import ALIGNMENT, HOST, Device, DeviceMemoryError
+from executor.device.base import HOST, Device, DeviceMemoryError
+from executor.reference.arrays import ALIGNMENT
 from planner.trace import PARTS
 
 __all__ = ["ALIGNMENT", "PARTS", "Arena", "Block"]

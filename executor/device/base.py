@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor import kernels
+from executor.reference.arrays import aligned_bytes
 
 Array: TypeAlias = NDArray[Any]
 """An array of the device at hand: numpy.ndarray on the host, cupy.ndarray on a CUDA device."""
@@ -17,8 +18,6 @@ Array: TypeAlias = NDArray[Any]
 DeviceKind = Literal["cpu", "cuda"]
 Mark: TypeAlias = Any
 """A moment on a device's time line, read by `Device.seconds`."""
-
-ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
 
 
 class DeviceMemoryError(MemoryError):
@@ -77,7 +76,7 @@ class Device(Protocol):
     held: dict[str, int]
 
     def allocate(self, nbytes: int) -> Array:
-        """Uninitialised bytes, aligned to `ALIGNMENT`; `DeviceMemoryError` where there is no room."""
+        """Uninitialised bytes, aligned to a cache line; `DeviceMemoryError` where there is no room."""
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An uninitialised array that no arena counts."""
@@ -133,9 +132,7 @@ class HostDevice:
 
     def allocate(self, nbytes: int) -> Array:
         """Aligned bytes."""
-        space = np.empty(nbytes + ALIGNMENT, np.uint8)
-        start = -space.ctypes.data % ALIGNMENT
-        return space[start : start + nbytes]
+        return aligned_bytes(nbytes)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An uninitialised array."""

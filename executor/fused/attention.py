@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: BLAS for the products, one head at a time so that its scores stay in the L2 cache."""
+"""Scaled dot-product attention: a group of heads at a time in tiles of adjacent rows, BLAS for the products."""
 
 from __future__ import annotations
 
@@ -6,96 +6,171 @@ from typing import Any
 
 import numpy as np
 
-from executor.fused.compile import kernel
+from executor.fused.compile import helper, kernel
 from executor.fused.dropout import row_key
-from executor.fused.matmul import gemm_by_rows, gemm_by_terms, rows_per_product, transpose_to
-from executor.fused.softmax import MASKING, drop, exponentiate, hide, largest_of, masking_arguments, scratch
+from executor.fused.matmul import gemm
+from executor.fused.softmax import MASKING, drop, exponentiate, hide, largest_of, masking_arguments
+from executor.fused.tiles import (
+    gather,
+    gather_across,
+    heads_of_group,
+    multiply_across,
+    scatter,
+    scratch_for,
+    span_of,
+    take,
+    tile_sizes,
+)
 from executor.reference.arrays import Floats
 from executor.reference.masking import UNLIMITED, Masking
 
+SMALL_TILE_KEYS = 64
+"""Where BLAS has kernels for small products: the rows of kept probabilities are as far apart as the keys are many,
+and of 64 the cache holds enough."""
 
-@kernel(f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {MASKING}, T[:, :, :, ::1], T[:, :, :, :], T[::1], int64)")
+_TILES = "int64, int64, int64, T[::1]"  # queries and keys of a tile, heads of a group, scratch memory
+
+
+@helper
+def soften(row: Any) -> None:
+    """Replace scores by their softmax; zeros where all are -inf."""
+    total = exponentiate(row, largest_of(row))
+    inverse = row.dtype.type(1.0) / (total if total != 0 else row.dtype.type(1.0))
+    for j in range(row.shape[0]):
+        row[j] *= inverse
+
+
+@kernel(f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {MASKING}, T[:, :, :, ::1], T[:, :, :, :], {_TILES})")
 def _attention_forward(
     q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any, ahead: Any,
-    threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, probabilities: Any, out: Any, buffer: Any,
-    rows: Any,
+    threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, probabilities: Any, out: Any,
+    query_tile: Any, key_tile: Any, group: Any, buffer: Any,
 ) -> None:  # fmt: skip
     real = q.dtype.type
-    queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
-    keys_across = buffer[: keys * width].reshape(width, keys)
-    spare = buffer[keys * width :]
-    masked = back < UNLIMITED or ahead < UNLIMITED
+    queries, keys, heads, width = q.shape[0], k.shape[0], q.shape[2], q.shape[3]
+    masked, key_tiles = back < UNLIMITED or ahead < UNLIMITED, -(-keys // key_tile)
+    fresh = np.zeros(heads, np.bool_)
     for b in range(q.shape[1]):
-        for head in range(q.shape[2]):
-            p, source = probabilities[b, head], kv_index[head]
-            transpose_to(k[:, b, source], keys_across)
-            gemm_by_rows(real(scale), q[:, b, head], keys_across, real(0.0), p, rows)
-            for i in range(queries):
-                row = p[i]
-                if masked:
-                    hide(row, q_positions[i], k_positions, back, ahead)
-                total = exponentiate(row, largest_of(row))
-                inverse = real(1.0) / (total if total != 0 else real(1.0))
-                for j in range(keys):
-                    row[j] *= inverse
-            weights = p
-            if threshold > 0:
-                weights = spare[: queries * keys].reshape(queries, keys)
-                for i in range(queries):
-                    row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
-                    drop(p[i], weights[i], row_hash, k_positions, threshold, keep_scale)
-            gemm_by_rows(real(1.0), weights, v[:, b, source], real(0.0), out[:, b, head], rows)
+        for h0 in range(0, heads, group):
+            h1 = min(h0 + group, heads)
+            s0, s1 = span_of(kv_index[h0:h1])
+            q_rows, rest = take(buffer, h1 - h0, queries, width)
+            out_rows, rest = take(rest, h1 - h0, queries, width)
+            v_rows, rest = take(rest, s1 - s0, keys, width)
+            k_across, rest = take(rest, (s1 - s0) * key_tiles, width, key_tile)
+            dropped, _ = take(rest, 1, query_tile, keys)
+            gather(q[:, b, h0:h1], q_rows)
+            gather(v[:, b, s0:s1], v_rows)
+            gather_across(k[:, b, s0:s1], k_across, key_tile)
+            for head in range(h0, h1):
+                source = kv_index[head] - s0
+                for i0 in range(0, queries, query_tile):
+                    i1 = min(i0 + query_tile, queries)
+                    p, out_tile = probabilities[b, head, i0:i1], out_rows[head - h0, i0:i1, :width]
+                    q_tile = q_rows[head - h0, i0:i1, :width]
+                    multiply_across(real(scale), q_tile, k_across[source * key_tiles :], p, key_tile)
+                    for i in range(i0, i1):
+                        if masked:
+                            hide(p[i - i0], q_positions[i], k_positions, back, ahead)
+                        soften(p[i - i0])
+                        if threshold > 0:
+                            row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
+                            row = dropped[0, i - i0, :keys]
+                            drop(p[i - i0], row, row_hash, k_positions, threshold, keep_scale)
+                    weights = dropped[0, : i1 - i0, :keys] if threshold > 0 else p[:, :keys]
+                    for j0 in range(0, keys, key_tile):
+                        onto, v_tile = real(0.0) if j0 == 0 else real(1.0), v_rows[source, j0 : j0 + key_tile, :width]
+                        gemm(real(1.0), weights[:, j0 : j0 + key_tile], False, v_tile, False, onto, out_tile)
+            scatter(out_rows, out[:, b, h0:h1], fresh[h0:h1])
 
 
 def attention_forward(q: Floats, k: Floats, v: Floats, masking: Masking, probabilities: Floats, out: Floats) -> None:
     """See `executor.reference.attention.attention_forward`."""
     queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
-    buffer = scratch(q.dtype, keys * width + (queries * keys if masking.rate > 0.0 else 0))
-    rows = rows_per_product(queries, width, keys)
-    _attention_forward[q.dtype](q, k, v, *masking_arguments(masking), probabilities, out, buffer, rows)
+    if keys == 0:
+        out[...] = 0
+        return
+    query_tile, key_tile = tile_sizes(queries, keys, width, (queries, keys), SMALL_TILE_KEYS)
+    group, span = heads_of_group(masking.kv_index, 2 * (queries + keys) * width * q.itemsize)
+    buffer = scratch_for(
+        q.dtype, *[(group, queries, width)] * 2, (span, keys, width), (span * -(-keys // key_tile), width, key_tile),
+        (1, query_tile, keys),
+    )  # fmt: skip
+    tiles = (query_tile, key_tile, group, buffer)
+    _attention_forward[q.dtype](q, k, v, *masking_arguments(masking), probabilities, out, *tiles)
+
+
+@helper
+def through_softmax(p: Any, d: Any) -> None:
+    """Replace gradients d of probabilities p by those of their scores: p (d - Σ p d)."""
+    delta = p.dtype.type(0.0)
+    for j in range(p.shape[0]):
+        delta += p[j] * d[j]
+    for j in range(p.shape[0]):
+        d[j] = p[j] * (d[j] - delta)
 
 
 @kernel(
     f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {MASKING}, T[:, :, :, ::1],"
-    " T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[::1], int64)"
+    f" T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {_TILES})"
 )
 def _attention_backward(
     dout: Any, q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any,
     ahead: Any, threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, probabilities: Any, dq: Any,
-    dk: Any, dv: Any, buffer: Any, rows: Any,
+    dk: Any, dv: Any, query_tile: Any, key_tile: Any, group: Any, buffer: Any,
 ) -> None:  # fmt: skip
     real = q.dtype.type
-    queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
-    values_across = buffer[: keys * width].reshape(width, keys)
-    tiles = buffer[keys * width :]
-    d_scores = tiles[: queries * keys].reshape(queries, keys)
-    weights = tiles[queries * keys : 2 * queries * keys]
+    queries, keys, heads, width = q.shape[0], k.shape[0], q.shape[2], q.shape[3]
+    one, key_tiles, fresh = real(1.0), -(-keys // key_tile), np.zeros(heads, np.bool_)
     for b in range(q.shape[1]):
         visited = np.zeros(k.shape[2], np.bool_)
-        for head in range(q.shape[2]):
-            p, source = probabilities[b, head], kv_index[head]
-            onto = real(1.0) if visited[source] else real(0.0)
-            visited[source] = True
-            transpose_to(v[:, b, source], values_across)
-            gemm_by_rows(real(1.0), dout[:, b, head], values_across, real(0.0), d_scores, rows)
-            dropped = p
-            if threshold > 0:
-                dropped = weights.reshape(queries, keys)
-                for i in range(queries):
-                    row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
-                    drop(d_scores[i], dropped[i], row_hash, k_positions, threshold, keep_scale)
-                    for j in range(keys):
-                        d_scores[i, j] = dropped[i, j]
-                    drop(p[i], dropped[i], row_hash, k_positions, threshold, keep_scale)
-            gemm_by_terms(real(1.0), dropped, dout[:, b, head], onto, dv[:, b, source], rows)
-            for i in range(queries):
-                delta = real(0.0)
-                for j in range(keys):
-                    delta += p[i, j] * d_scores[i, j]
-                for j in range(keys):
-                    d_scores[i, j] = p[i, j] * (d_scores[i, j] - delta)
-            gemm_by_rows(real(scale), d_scores, k[:, b, source], real(0.0), dq[:, b, head], rows)
-            gemm_by_terms(real(scale), d_scores, q[:, b, head], onto, dk[:, b, source], rows)
+        for h0 in range(0, heads, group):
+            h1 = min(h0 + group, heads)
+            s0, s1 = span_of(kv_index[h0:h1])
+            q_rows, rest = take(buffer, h1 - h0, queries, width)
+            dout_rows, rest = take(rest, h1 - h0, queries, width)
+            dq_rows, rest = take(rest, h1 - h0, queries, width)
+            k_rows, rest = take(rest, s1 - s0, keys, width)
+            dk_rows, rest = take(rest, s1 - s0, keys, width)
+            dv_rows, rest = take(rest, s1 - s0, keys, width)
+            v_across, rest = take(rest, (s1 - s0) * key_tiles, width, key_tile)
+            tiles, _ = take(rest, 2, query_tile, keys)
+            gather(q[:, b, h0:h1], q_rows)
+            gather(dout[:, b, h0:h1], dout_rows)
+            gather(k[:, b, s0:s1], k_rows)
+            gather_across(v[:, b, s0:s1], v_across, key_tile)
+            dk_rows[:] = 0
+            dv_rows[:] = 0
+            for head in range(h0, h1):
+                source = kv_index[head] - s0
+                for i0 in range(0, queries, query_tile):
+                    i1 = min(i0 + query_tile, queries)
+                    p, d_scores = probabilities[b, head, i0:i1], tiles[0, : i1 - i0, :keys]
+                    q_tile, dout_tile = q_rows[head - h0, i0:i1, :width], dout_rows[head - h0, i0:i1, :width]
+                    multiply_across(one, dout_tile, v_across[source * key_tiles :], d_scores, key_tile)
+                    for i in range(i0, i1):
+                        d_row = tiles[0, i - i0, :keys]
+                        if threshold > 0:
+                            row_hash, row = (
+                                row_key(key, samples[b], q_positions[i], head_ids[head]),
+                                tiles[1, i - i0, :keys],
+                            )
+                            drop(d_row, row, row_hash, k_positions, threshold, keep_scale)
+                            d_row[:] = row
+                            drop(p[i - i0], row, row_hash, k_positions, threshold, keep_scale)
+                        through_softmax(p[i - i0], d_row)
+                    dropped = tiles[1, : i1 - i0, :keys] if threshold > 0 else p[:, :keys]
+                    for j0 in range(0, keys, key_tile):
+                        j1 = min(j0 + key_tile, keys)
+                        onto, dq_tile = real(0.0) if j0 == 0 else one, dq_rows[head - h0, i0:i1, :width]
+                        d_tile, dk_tile = d_scores[:, j0:j1], dk_rows[source, j0:j1, :width]
+                        gemm(one, dropped[:, j0:j1], True, dout_tile, False, one, dv_rows[source, j0:j1, :width])
+                        gemm(real(scale), d_tile, True, q_tile, False, one, dk_tile)
+                        gemm(real(scale), d_tile, False, k_rows[source, j0:j1, :width], False, onto, dq_tile)
+            scatter(dq_rows, dq[:, b, h0:h1], fresh[h0:h1])
+            scatter(dk_rows, dk[:, b, s0:s1], visited[s0:s1])
+            scatter(dv_rows, dv[:, b, s0:s1], visited[s0:s1])
+            visited[s0:s1] = True
         for source in range(k.shape[2]):
             if not visited[source]:
                 dk[:, b, source] = 0
@@ -108,6 +183,14 @@ def attention_backward(
 ) -> None:  # fmt: skip
     """See `executor.reference.attention.attention_backward`."""
     queries, keys, width = q.shape[0], k.shape[0], q.shape[3]
-    buffer = scratch(q.dtype, keys * width + 2 * queries * keys)
-    rows = rows_per_product(queries, width, keys)
-    _attention_backward[q.dtype](dout, q, k, v, *masking_arguments(masking), probabilities, dq, dk, dv, buffer, rows)
+    if keys == 0:
+        dq[...] = 0
+        return
+    query_tile, key_tile = tile_sizes(queries, keys, width, (queries, keys), SMALL_TILE_KEYS)
+    group, span = heads_of_group(masking.kv_index, (3 * queries + 4 * keys) * width * q.itemsize)
+    buffer = scratch_for(
+        q.dtype, *[(group, queries, width)] * 3, *[(span, keys, width)] * 3,
+        (span * -(-keys // key_tile), width, key_tile), (2, query_tile, keys),
+    )  # fmt: skip
+    tiles = (query_tile, key_tile, group, buffer)
+    _attention_backward[q.dtype](dout, q, k, v, *masking_arguments(masking), probabilities, dq, dk, dv, *tiles)

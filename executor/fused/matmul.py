@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import threadpoolctl
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils as untyped_cgutils
 
 from executor.blas import gemm_addresses
-from executor.environment import AVX512_KERNELS
 from executor.fused.compile import helper, intrinsic, kernel
 from executor.reference.arrays import Floats
 
@@ -74,55 +71,6 @@ def gemm(alpha: Any, a: Any, transpose_a: Any, b: Any, transpose_b: Any, beta: A
     k = a.shape[0] if transpose_a else a.shape[1]
     if m > 0 and n > 0:
         _xgemm(transpose_a, transpose_b, m, n, k, alpha, a, leading(a), b, leading(b), beta, out, leading(out))
-
-
-@helper
-def gemm_by_rows(alpha: Any, a: Any, b: Any, beta: Any, out: Any, rows: Any) -> None:
-    """Compute out = alpha a b + beta out, `rows` rows of a at a time: see `rows_per_product`."""
-    for i in range(0, a.shape[0], rows):
-        gemm(alpha, a[i : i + rows], False, b, False, beta, out[i : i + rows])
-
-
-@helper
-def gemm_by_terms(alpha: Any, a: Any, b: Any, beta: Any, out: Any, rows: Any) -> None:
-    """Compute out = alpha aᵀ b + beta out, summing over `rows` rows of a and b at a time: see `rows_per_product`."""
-    for i in range(0, a.shape[0], rows):
-        gemm(alpha, a[i : i + rows], True, b[i : i + rows], False, beta if i == 0 else out.dtype.type(1.0), out)
-
-
-@helper
-def transpose_to(x: Any, out: Any) -> None:
-    """Compute out = xᵀ for a tile that fits the L2 cache, in strips one cache line wide."""
-    for first in range(0, x.shape[1], 16):
-        for i in range(x.shape[0]):
-            for j in range(first, min(first + 16, x.shape[1])):
-                out[j, i] = x[i, j]
-
-
-SMALL_PRODUCT = 1_000_000
-"""Largest m·n·k for which OpenBLAS multiplies in place instead of packing both factors first."""
-
-
-@functools.cache
-def has_small_kernels() -> bool:
-    """Whether BLAS has kernels for small products: OpenBLAS on AVX-512, which runs them on the calling thread."""
-    found = [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
-    return bool(found) and all(library.get("architecture") in AVX512_KERNELS for library in found)
-
-
-def rows_per_product(rows: int, inner: int, columns: int) -> int:
-    """Rows of a [rows, inner]·[inner, columns] product to hand to BLAS at once, where the factors are in the cache.
-
-    A product of 128 x 128 x 64 spends a fifth of its time packing its factors. The kernels for small products do not
-    pack; they are fastest where neither factor is transposed, and run at 0.98 of the processor's peak.
-    """
-    most = SMALL_PRODUCT // max(1, inner * columns)
-    if not has_small_kernels() or most < _FEWEST_ROWS:
-        return max(1, rows)
-    return most - most % _FEWEST_ROWS
-
-
-_FEWEST_ROWS = 8  # below this each call reads the second factor too often
 
 
 @kernel("void(T[:, :], T[:, :], T[:, :], boolean, boolean, T)")

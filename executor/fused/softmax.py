@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,8 @@ import numpy as np
 from executor.fused.compile import exact_helper, helper
 from executor.fused.dropout import kept
 from executor.fused.maths import exp, larger
-from executor.reference.arrays import Floats
 from executor.reference.dropout import threshold_of
 from executor.reference.masking import Masking
-
-_local = threading.local()
 
 MASKING = "T, int64[::1], int32[::1], int32[::1], int64, int64, uint32, T, uint64, int64[::1], int64[::1]"
 """Types of what `masking_arguments` gives."""
@@ -30,14 +26,6 @@ def masking_arguments(masking: Masking) -> tuple[Any, ...]:
         *masking.reach, threshold_of(masking.rate), 1.0 / (1.0 - masking.rate), np.uint64(masking.key),
         masking.samples, masking.head_ids,
     )  # fmt: skip
-
-
-def scratch(dtype: np.dtype[Any], size: int) -> Floats:
-    """Return a flat buffer of at least this many elements, kept by the thread and reused by every kernel."""
-    pool: dict[np.dtype[Any], Floats] = _local.__dict__.setdefault("pool", {})
-    if dtype not in pool or pool[dtype].size < size:
-        pool[dtype] = np.empty(size, dtype)
-    return pool[dtype]
 
 
 @helper

@@ -12,6 +12,15 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
+ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
+
+
+def aligned_bytes(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return uninitialised host memory that begins on a cache line."""
+    space = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -space.ctypes.data % ALIGNMENT
+    return space[start : start + nbytes]
+
 
 def as_rows(x: Floats) -> Floats:
     """View a C-contiguous [..., N] array as [T, N] rows."""
