@@ -51,6 +51,21 @@ def cache_folder() -> Path:
 CACHE_FOLDER = cache_folder()
 
 settings: Any = numba.config
+
+
+def widest_vectors() -> str:
+    """Features of this processor, with vectors as wide as it has.
+
+    For Intel's first AVX-512 processors LLVM keeps to half that width, since 512-bit code lowers their clock; here the
+    matrix products between the kernels have lowered it already.
+    """
+    features: str = binding.get_host_cpu_features().flatten()
+    return f"{features},-prefer-256-bit" if "+avx512f" in features.split(",") else features
+
+
+if settings.CPU_FEATURES is None:
+    settings.CPU_FEATURES = widest_vectors()
+
 _one_thread = threading.Lock()
 intrinsic: Any = extending.intrinsic
 """Numba's decorator for functions that write machine code themselves; its stubs do not know their call signature."""
