@@ -11,6 +11,7 @@ from executor.fused.dropout import row_key
 from executor.fused.matmul import gemm
 from executor.fused.softmax import MASKING, drop, exponentiate, hide, largest_of, masking_arguments
 from executor.fused.tiles import (
+    add_gradients,
     gather,
     gather_across,
     heads_of_group,
@@ -20,6 +21,8 @@ from executor.fused.tiles import (
     span_of,
     take,
     tile_sizes,
+    visits,
+    zero_unread,
 )
 from executor.reference.arrays import Floats
 from executor.reference.masking import UNLIMITED, Masking
@@ -62,25 +65,22 @@ def _attention_forward(
             gather(q[:, b, h0:h1], q_rows)
             gather(v[:, b, s0:s1], v_rows)
             gather_across(k[:, b, s0:s1], k_across, key_tile)
-            for head in range(h0, h1):
-                source = kv_index[head] - s0
-                for i0 in range(0, queries, query_tile):
-                    i1 = min(i0 + query_tile, queries)
-                    p, out_tile = probabilities[b, head, i0:i1], out_rows[head - h0, i0:i1, :width]
-                    q_tile = q_rows[head - h0, i0:i1, :width]
-                    multiply_across(real(scale), q_tile, k_across[source * key_tiles :], p, key_tile)
-                    for i in range(i0, i1):
-                        if masked:
-                            hide(p[i - i0], q_positions[i], k_positions, back, ahead)
-                        soften(p[i - i0])
-                        if threshold > 0:
-                            row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
-                            row = dropped[0, i - i0, :keys]
-                            drop(p[i - i0], row, row_hash, k_positions, threshold, keep_scale)
-                    weights = dropped[0, : i1 - i0, :keys] if threshold > 0 else p[:, :keys]
-                    for j0 in range(0, keys, key_tile):
-                        onto, v_tile = real(0.0) if j0 == 0 else real(1.0), v_rows[source, j0 : j0 + key_tile, :width]
-                        gemm(real(1.0), weights[:, j0 : j0 + key_tile], False, v_tile, False, onto, out_tile)
+            for head, i0, i1 in visits(h0, h1, queries, query_tile):
+                source, p = kv_index[head] - s0, probabilities[b, head, i0:i1]
+                q_tile, out_tile = q_rows[head - h0, i0:i1, :width], out_rows[head - h0, i0:i1, :width]
+                multiply_across(real(scale), q_tile, k_across[source * key_tiles :], p, key_tile)
+                for i in range(i0, i1):
+                    if masked:
+                        hide(p[i - i0], q_positions[i], k_positions, back, ahead)
+                    soften(p[i - i0])
+                    if threshold > 0:
+                        row_hash = row_key(key, samples[b], q_positions[i], head_ids[head])
+                        row = dropped[0, i - i0, :keys]
+                        drop(p[i - i0], row, row_hash, k_positions, threshold, keep_scale)
+                weights = dropped[0, : i1 - i0, :keys] if threshold > 0 else p[:, :keys]
+                for j0 in range(0, keys, key_tile):
+                    onto, v_tile = real(0.0) if j0 == 0 else real(1.0), v_rows[source, j0 : j0 + key_tile, :width]
+                    gemm(real(1.0), weights[:, j0 : j0 + key_tile], False, v_tile, False, onto, out_tile)
             scatter(out_rows, out[:, b, h0:h1], fresh[h0:h1])
 
 
@@ -108,6 +108,20 @@ def through_softmax(p: Any, d: Any) -> None:
         delta += p[j] * d[j]
     for j in range(p.shape[0]):
         d[j] = p[j] * (d[j] - delta)
+
+
+@helper
+def through_rows(p: Any, tiles: Any, q_positions: Any, k_positions: Any, dropout: Any) -> None:
+    """Make gradients of scores, in tiles[0], of those of (dropped) probabilities, which stay in tiles[1]."""
+    threshold, keep_scale, key, sample, head_id = dropout
+    for i in range(q_positions.shape[0]):
+        d_row, row = tiles[0, i, : k_positions.shape[0]], tiles[1, i, : k_positions.shape[0]]
+        if threshold > 0:
+            row_hash = row_key(key, sample, q_positions[i], head_id)
+            drop(d_row, row, row_hash, k_positions, threshold, keep_scale)
+            d_row[:] = row
+            drop(p[i], row, row_hash, k_positions, threshold, keep_scale)
+        through_softmax(p[i], d_row)
 
 
 @kernel(
@@ -139,42 +153,27 @@ def _attention_backward(
             gather(dout[:, b, h0:h1], dout_rows)
             gather(k[:, b, s0:s1], k_rows)
             gather_across(v[:, b, s0:s1], v_across, key_tile)
-            dk_rows[:] = 0
-            dv_rows[:] = 0
-            for head in range(h0, h1):
-                source = kv_index[head] - s0
-                for i0 in range(0, queries, query_tile):
-                    i1 = min(i0 + query_tile, queries)
-                    p, d_scores = probabilities[b, head, i0:i1], tiles[0, : i1 - i0, :keys]
-                    q_tile, dout_tile = q_rows[head - h0, i0:i1, :width], dout_rows[head - h0, i0:i1, :width]
-                    multiply_across(one, dout_tile, v_across[source * key_tiles :], d_scores, key_tile)
-                    for i in range(i0, i1):
-                        d_row = tiles[0, i - i0, :keys]
-                        if threshold > 0:
-                            row_hash, row = (
-                                row_key(key, samples[b], q_positions[i], head_ids[head]),
-                                tiles[1, i - i0, :keys],
-                            )
-                            drop(d_row, row, row_hash, k_positions, threshold, keep_scale)
-                            d_row[:] = row
-                            drop(p[i - i0], row, row_hash, k_positions, threshold, keep_scale)
-                        through_softmax(p[i - i0], d_row)
-                    dropped = tiles[1, : i1 - i0, :keys] if threshold > 0 else p[:, :keys]
-                    for j0 in range(0, keys, key_tile):
-                        j1 = min(j0 + key_tile, keys)
-                        onto, dq_tile = real(0.0) if j0 == 0 else one, dq_rows[head - h0, i0:i1, :width]
-                        d_tile, dk_tile = d_scores[:, j0:j1], dk_rows[source, j0:j1, :width]
-                        gemm(one, dropped[:, j0:j1], True, dout_tile, False, one, dv_rows[source, j0:j1, :width])
-                        gemm(real(scale), d_tile, True, q_tile, False, one, dk_tile)
-                        gemm(real(scale), d_tile, False, k_rows[source, j0:j1, :width], False, onto, dq_tile)
+            for total in (dq_rows, dk_rows, dv_rows):
+                total[:] = 0
+            for head, i0, i1 in visits(h0, h1, queries, query_tile):
+                source, p, d_scores = kv_index[head] - s0, probabilities[b, head, i0:i1], tiles[0, : i1 - i0, :keys]
+                q_tile, dout_tile = q_rows[head - h0, i0:i1, :width], dout_rows[head - h0, i0:i1, :width]
+                multiply_across(one, dout_tile, v_across[source * key_tiles :], d_scores, key_tile)
+                dropout = (threshold, keep_scale, key, samples[b], head_ids[head])
+                through_rows(p, tiles, q_positions[i0:i1], k_positions, dropout)
+                dropped = tiles[1, : i1 - i0, :keys] if threshold > 0 else p[:, :keys]
+                for j0 in range(0, keys, key_tile):
+                    j1 = min(j0 + key_tile, keys)
+                    add_gradients(
+                        real(scale), dropped[:, j0:j1], d_scores[:, j0:j1], q_tile, dout_tile,
+                        k_rows[source, j0:j1, :width], dq_rows[head - h0, i0:i1, :width],
+                        dk_rows[source, j0:j1, :width], dv_rows[source, j0:j1, :width],
+                    )  # fmt: skip
             scatter(dq_rows, dq[:, b, h0:h1], fresh[h0:h1])
             scatter(dk_rows, dk[:, b, s0:s1], visited[s0:s1])
             scatter(dv_rows, dv[:, b, s0:s1], visited[s0:s1])
             visited[s0:s1] = True
-        for source in range(k.shape[2]):
-            if not visited[source]:
-                dk[:, b, source] = 0
-                dv[:, b, source] = 0
+        zero_unread(visited, dk[:, b], dv[:, b])
 
 
 def attention_backward(

@@ -12,6 +12,7 @@ from executor.fused.maths import exp
 from executor.fused.matmul import gemm
 from executor.fused.softmax import MASKING, drop, exponentiate, hide, largest_of, masking_arguments
 from executor.fused.tiles import (
+    add_gradients,
     gather,
     gather_across,
     heads_of_group,
@@ -20,6 +21,8 @@ from executor.fused.tiles import (
     span_of,
     take,
     tile_sizes,
+    visits,
+    zero_unread,
 )
 from executor.reference import blocked as reference
 from executor.reference.arrays import Floats
@@ -36,14 +39,6 @@ _TILES = "int64, int64, int64, T[::1]"  # queries and keys of a tile, heads of a
 block_attention_start = reference.block_attention_start  # three fills
 
 _QKV = "T[:, :, :, :], T[:, :, :, :], T[:, :, :, :]"
-
-
-@helper
-def visits(h0: Any, h1: Any, queries: Any, tile: Any) -> Any:
-    """Heads from h0 to h1, and the ranges of queries that make their tiles."""
-    for head in range(h0, h1):
-        for i0 in range(0, queries, tile):
-            yield head, i0, min(i0 + tile, queries)
 
 
 @helper
@@ -285,18 +280,16 @@ def _step_backward(
                         q_positions[i0:i1], columns, (back, ahead),
                         (threshold, keep_scale, key, samples[b], head_ids[head]),
                     )  # fmt: skip
-                    gemm(one, tile, True, dout_tile, False, one, dv_rows[source, : j1 - j0, :width])
-                    gemm(real(scale), d_tile, True, q_tile, False, one, dk_rows[source, : j1 - j0, :width])
-                    dq_tile = dq_rows[head - h0, i0:i1, :width]
-                    gemm(real(scale), d_tile, False, k_rows[source, : j1 - j0, :width], False, one, dq_tile)
+                    add_gradients(
+                        real(scale), tile, d_tile, q_tile, dout_tile, k_rows[source, : j1 - j0, :width],
+                        dq_rows[head - h0, i0:i1, :width], dk_rows[source, : j1 - j0, :width],
+                        dv_rows[source, : j1 - j0, :width],
+                    )  # fmt: skip
                 scatter(dk_rows, dk[j0:j1, b, s0:s1], visited[s0:s1])
                 scatter(dv_rows, dv[j0:j1, b, s0:s1], visited[s0:s1])
             scatter(dq_rows, dq[:, b, h0:h1], onto[h0:h1])
             visited[s0:s1] = True
-        for source in range(k.shape[2]):
-            if not visited[source]:
-                dk[:, b, source] = 0
-                dv[:, b, source] = 0
+        zero_unread(visited, dk[:, b], dv[:, b])
 
 
 def _attend_backward(

@@ -126,15 +126,17 @@ def transpose_to(x: Any, out: Any) -> None:
             out[j, i] = x[i, j]
 
 
-@helper
-def pitch(columns: Any, itemsize: Any) -> Any:
+def pitch_of(columns: int, itemsize: int) -> int:
     """Elements from row to row of a tile: rows a multiple of 512 bytes apart would share few sets of the L1 cache."""
     return columns + LINE if columns > 0 and columns * itemsize % 512 == 0 else columns
 
 
+pitch = helper(pitch_of)  # in Python, calling this one would compile it in every process
+
+
 @helper
 def take(buffer: Any, parts: Any, rows: Any, columns: Any) -> Any:
-    """The first part of a flat buffer as an array [parts, rows, pitch(columns)], and the rest of the buffer."""
+    """The first part of a flat buffer as an array [parts, rows, pitch], and the rest of the buffer."""
     distance = pitch(columns, buffer.itemsize)
     size = parts * rows * distance
     return buffer[:size].reshape(parts, rows, distance), buffer[-(-size // LINE) * LINE :]
@@ -146,7 +148,7 @@ def scratch_for(dtype: np.dtype[Any], *shapes: tuple[int, int, int]) -> Floats:
     The thread keeps it and every kernel reuses it. It begins on a cache line, and so do the arrays: loads that straddle
     two lines slow small products by a quarter.
     """
-    sizes = (parts * rows * pitch(columns, dtype.itemsize) for parts, rows, columns in shapes)
+    sizes = (parts * rows * pitch_of(columns, dtype.itemsize) for parts, rows, columns in shapes)
     needed = sum(-(-size // LINE) * LINE for size in sizes)
     pool: dict[np.dtype[Any], Floats] = _local.__dict__.setdefault("pool", {})
     if dtype not in pool or pool[dtype].size < needed:
@@ -201,3 +203,31 @@ def multiply_across(alpha: Any, rows: Any, across: Any, out: Any, tile: Any) -> 
 def span_of(index: Any) -> Any:
     """The range [first, end) of key-value heads that some query heads read."""
     return index.min(), index.max() + np.int64(1)
+
+
+@helper
+def visits(h0: Any, h1: Any, queries: Any, tile: Any) -> Any:
+    """Heads from h0 to h1, and the ranges of queries that make their tiles."""
+    for head in range(h0, h1):
+        for i0 in range(0, queries, tile):
+            yield head, i0, min(i0 + tile, queries)
+
+
+@helper
+def add_gradients(
+    scale: Any, weights: Any, d_scores: Any, q: Any, dout: Any, k: Any, dq: Any, dk: Any, dv: Any
+) -> None:
+    """Add what a tile of (dropped) weights and of gradients of scores contributes to dq, dk and dv."""
+    one = dq.dtype.type(1.0)
+    gemm(one, weights, True, dout, False, one, dv)
+    gemm(scale, d_scores, True, q, False, one, dk)
+    gemm(scale, d_scores, False, k, False, one, dq)
+
+
+@helper
+def zero_unread(read: Any, dk: Any, dv: Any) -> None:
+    """Set gradients [S, heads, d] of the key-value heads that no query reads."""
+    for source in range(dk.shape[1]):
+        if not read[source]:
+            dk[:, source] = 0
+            dv[:, source] = 0
