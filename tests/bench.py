@@ -268,7 +268,7 @@ def choices(plan: Plan) -> str:
 
 
 def two_ranks(sizes: Sizes, machine: Machine, python: str | None, rounds: int, steps: int) -> list[Row]:
-    """Speed-up of two ranks over one; each round runs every plan once."""
+    """Speed-up of two ranks over one; each round runs every plan once, and one rank just before it."""
     name = _name(sizes)
     cases = {
         "dp=2, weak scaling": (sizes.plan(dp=2, weak=2), 2.0, 1.90),
@@ -282,9 +282,8 @@ def two_ranks(sizes: Sizes, machine: Machine, python: str | None, rounds: int, s
     ddp = Torch(python, sizes._replace(batch=sizes.batch // 2), ranks=2) if python else None
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
-            one = typical(sizes.plan(), Path(folder), steps)
             for case, (plan, work, _) in cases.items():
-                seconds = typical(plan, Path(folder), steps)
+                one, seconds = (typical(each, Path(folder), steps) for each in (sizes.plan(), plan))
                 found[case].append(work * one / seconds)
                 if ddp is not None and case.startswith("dp=2, strong"):
                     over_ddp.append(seconds / median(ddp.step() for _ in range(steps)))
