@@ -192,11 +192,12 @@ def torch_rows(python: str | None, rank: OneRank, sizes: Sizes, pairs: int) -> l
     floor = []
     for _ in range(pairs):
         for side, process in sides.items():
-            ours, other = rank.step(), process.step()
+            before, ours, after = rank.sgemm_flops_per_second(), rank.step(), rank.sgemm_flops_per_second()
+            other = process.step()
             theirs[side].append(other)
             ratios[side].append(ours / other)
             if side == "as installed":
-                floor.append(rank.flops / rank.sgemm_flops_per_second() / other)
+                floor.append(2 * rank.flops / (before + after) / other)
     # The fastest by its median: the least of each turn's times would be the side that the machine's other load spared.
     fastest = min((side for side in sides if side != "AVX2"), key=lambda side: median(theirs[side]))
     facts = sides["as installed"].facts
@@ -311,6 +312,31 @@ def overlap(sizes: Sizes, machine: Machine, rounds: int, steps: int) -> list[Row
     ]
 
 
+SGEMM_LOOP = """
+import sys, time
+import numpy as np
+a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
+out = np.matmul(a, a)
+end, count, begun = time.perf_counter() + float(sys.argv[1]), 0, time.perf_counter()
+while time.perf_counter() < end:
+    np.matmul(a, a, out=out)
+    count += 1
+print(count / (time.perf_counter() - begun))
+"""
+
+
+def two_cores(rounds: int, seconds: float = 4.0) -> list[Row]:
+    """What two processes that share nothing gain on this machine: no plan of two ranks can be expected to gain more."""
+
+    def products_per_second(processes: int) -> float:
+        command = [sys.executable, "-c", SGEMM_LOOP, str(seconds)]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+        return sum(float(process.communicate()[0]) for process in running)
+
+    ratios = [products_per_second(2) / products_per_second(1) for _ in range(rounds)]
+    return [Row("sgemm in two processes over one: what two cores can gain", ratios, "", None)]
+
+
 def start_up(sizes: Sizes, rounds: int) -> list[Row]:
     """Seconds from mpirun to the first step, kernels cached: the end of that step less the fastest of three."""
     values = []
@@ -411,6 +437,8 @@ def main() -> int:
     print(f"{'':64s} {'median [middle half]':>20s}  {'goal':>8s} met")
     if parts & {"ranks", "overlap"}:
         profiled = profile(chosen.quick)
+    if "ranks" in parts:
+        show(two_cores(2 * rounds))
     smaller = CONFIGURATIONS[0].hidden if chosen.quick else None
     for sizes in CONFIGURATIONS:
         if sizes.hidden != (chosen.hidden or smaller or sizes.hidden):
