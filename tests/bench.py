@@ -133,11 +133,15 @@ class OneRank:
         """The machine's rate right now."""
         return 2 * 2048**3 / seconds_of(lambda: np.matmul(self.square, self.square, out=self.product))
 
+    def step_beside_sgemm(self) -> tuple[float, float]:
+        """Seconds of one step, and the rate of sgemm in FLOP/s, just before and after it."""
+        before, seconds = self.sgemm_flops_per_second(), self.step()
+        return seconds, (before + self.sgemm_flops_per_second()) / 2
+
     def share_of_sgemm(self) -> float:
-        """One pair: the rate of a step over the rate of sgemm just before and after it."""
-        before = self.sgemm_flops_per_second()
-        rate = self.flops / self.step()
-        return 2 * rate / (before + self.sgemm_flops_per_second())
+        """One pair: the rate of a step over the rate of sgemm."""
+        seconds, sgemm = self.step_beside_sgemm()
+        return self.flops / seconds / sgemm
 
 
 @contextlib.contextmanager
@@ -192,12 +196,12 @@ def torch_rows(python: str | None, rank: OneRank, sizes: Sizes, pairs: int) -> l
     floor = []
     for _ in range(pairs):
         for side, process in sides.items():
-            before, ours, after = rank.sgemm_flops_per_second(), rank.step(), rank.sgemm_flops_per_second()
+            ours, sgemm = rank.step_beside_sgemm()
             other = process.step()
             theirs[side].append(other)
             ratios[side].append(ours / other)
             if side == "as installed":
-                floor.append(2 * rank.flops / (before + after) / other)
+                floor.append(rank.flops / sgemm / other)
     # The fastest by its median: the least of each turn's times would be the side that the machine's other load spared.
     fastest = min((side for side in sides if side != "AVX2"), key=lambda side: median(theirs[side]))
     facts = sides["as installed"].facts
@@ -439,10 +443,8 @@ def main() -> int:
         profiled = profile(chosen.quick)
     if "ranks" in parts:
         show(two_cores(2 * rounds))
-    smaller = CONFIGURATIONS[0].hidden if chosen.quick else None
-    for sizes in CONFIGURATIONS:
-        if sizes.hidden != (chosen.hidden or smaller or sizes.hidden):
-            continue
+    hidden = chosen.hidden or (CONFIGURATIONS[0].hidden if chosen.quick else None)
+    for sizes in (each for each in CONFIGURATIONS if hidden in (None, each.hidden)):
         if parts & {"rank", "torch"}:
             rank = OneRank(sizes)
         if "rank" in parts:

@@ -11,6 +11,7 @@ from executor.fused.dropout import row_key
 from executor.fused.matmul import gemm
 from executor.fused.softmax import MASKING, drop, exponentiate, hide, largest_of, masking_arguments
 from executor.fused.tiles import (
+    TILES,
     add_gradients,
     gather,
     gather_across,
@@ -31,8 +32,6 @@ SMALL_TILE_KEYS = 64
 """Where BLAS has kernels for small products: the rows of kept probabilities are as far apart as the keys are many,
 and of 64 the cache holds enough."""
 
-_TILES = "int64, int64, int64, T[::1]"  # queries and keys of a tile, heads of a group, scratch memory
-
 
 @helper
 def soften(row: Any) -> None:
@@ -43,7 +42,7 @@ def soften(row: Any) -> None:
         row[j] *= inverse
 
 
-@kernel(f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {MASKING}, T[:, :, :, ::1], T[:, :, :, :], {_TILES})")
+@kernel(f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {MASKING}, T[:, :, :, ::1], T[:, :, :, :], {TILES})")
 def _attention_forward(
     q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any, ahead: Any,
     threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, probabilities: Any, out: Any,
@@ -126,7 +125,7 @@ def through_rows(p: Any, tiles: Any, q_positions: Any, k_positions: Any, dropout
 
 @kernel(
     f"void(T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {MASKING}, T[:, :, :, ::1],"
-    f" T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {_TILES})"
+    f" T[:, :, :, :], T[:, :, :, :], T[:, :, :, :], {TILES})"
 )
 def _attention_backward(
     dout: Any, q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any,

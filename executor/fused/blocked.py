@@ -12,6 +12,7 @@ from executor.fused.maths import exp
 from executor.fused.matmul import gemm
 from executor.fused.softmax import MASKING, drop, exponentiate, hide, largest_of, masking_arguments
 from executor.fused.tiles import (
+    TILES,
     add_gradients,
     gather,
     gather_across,
@@ -33,8 +34,6 @@ OPEN_TILE = (512, 256)
 
 MASKED_TILE = (256, 256)
 """A mask hides whole tiles, and the more the smaller they are; below 256 the products slow down by more than that."""
-
-_TILES = "int64, int64, int64, T[::1]"  # queries and keys of a tile, heads of a group, scratch memory
 
 block_attention_start = reference.block_attention_start  # three fills
 
@@ -89,7 +88,7 @@ def attend_rows(
             drop(row, scores[last, i, : columns.shape[0]], row_hash, columns, threshold, keep_scale)
 
 
-@kernel(f"void({_QKV}, {MASKING}, T[:, :, :, :], T[:, :, ::1], T[:, :, ::1], boolean, {_TILES})")
+@kernel(f"void({_QKV}, {MASKING}, T[:, :, :, :], T[:, :, ::1], T[:, :, ::1], boolean, {TILES})")
 def _step(
     q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any, ahead: Any,
     threshold: Any, keep_scale: Any, key: Any, samples: Any, head_ids: Any, out: Any, running_max: Any,
@@ -231,7 +230,7 @@ def rebuild_rows(
 
 @kernel(
     f"void(T[:, :, :, :], {_QKV}, {MASKING}, T[:, :, ::1], T[:, :, ::1], T[:, :, :, :], T[:, :, :, :],"
-    f" T[:, :, :, :], boolean, {_TILES})"
+    f" T[:, :, :, :], boolean, {TILES})"
 )
 def _step_backward(
     dout: Any, q: Any, k: Any, v: Any, scale: Any, kv_index: Any, q_positions: Any, k_positions: Any, back: Any,

@@ -23,6 +23,9 @@ from executor.reference.arrays import Floats, Ints, aligned_bytes
 
 _local = threading.local()
 
+TILES = "int64, int64, int64, T[::1]"
+"""Types of what kernels are told of tiles: queries and keys of one, heads of a group, scratch memory."""
+
 GROUP_BYTES = 4 * 1024**2
 """What the operands of a group of heads may take. Tiles are read in order, so that those which leave the L2 cache come
 back in time, and rows of many heads are copied faster than those of few."""
